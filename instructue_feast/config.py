@@ -1,0 +1,386 @@
+"""`instructue.yaml`: the sources, instructions, model and output of a project.
+
+The YAML is validated straight into frozen, slotted dataclasses; unknown keys are refused with the keys that exist.
+`${NAME}` and `${NAME:-default}` are replaced from the environment. Relative paths are relative to the YAML file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from instructue_feast.errors import ConfigError, did_you_mean
+from instructue_feast.instructions import Instruction, InstructionRegistry
+from instructue_feast.template import Field as TemplateField
+from instructue_feast.template import parse_template
+
+_STRICT = ConfigDict(extra="forbid")
+_SOURCE_NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}$")
+_ENV = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class TableConfig:
+    """Where a raw table lives: a `path` with a Spark format, or a `catalog` table such as `lake.sales.lines`."""
+
+    path: str | None = None
+    catalog: str | None = None
+    format: str = "parquet"
+    options: dict[str, str] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.catalog is None):
+            raise ConfigError("a table needs exactly one of `path` and `catalog`", "keep one of the two keys")
+
+    @property
+    def location(self) -> str:
+        """What to call this table in a message."""
+        return self.catalog or self.path or ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class UsersConfig:
+    """The roster: users listed here get a row even when they have no event at all."""
+
+    table: TableConfig
+    user_id: str
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class EventSourceConfig:
+    """One event source.
+
+    Attributes:
+        table: The raw table.
+        user_id: Column of the user id; any type, cast to string.
+        time: Timestamp column.
+        time_zone: Zone of a timestamp column that carries none.
+        event_id: Column or columns that identify an event; all columns of the row when left out.
+        text: Template of the event text.
+        where: SQL conditions a row must meet.
+        max_texts: Distinct texts kept per user; also the source's share of the prompt, in tokens.
+        rank: Which texts are kept: the most recent, or the most frequent ones.
+        days: Window of this source; the project's `history.days` when left out.
+        encoder: Text encoder of this source; the project's when left out.
+        allow_empty: Accept a raw table without rows.
+    """
+
+    kind: Literal["events"] = "events"
+    table: TableConfig
+    user_id: str
+    time: str
+    time_zone: str = "UTC"
+    event_id: tuple[str, ...] | str = ()
+    text: str
+    where: tuple[str, ...] = ()
+    max_texts: int = Field(default=64, ge=1, le=4096)
+    rank: Literal["recency", "frequency"] = "recency"
+    days: int | None = Field(default=None, ge=1)
+    encoder: str | None = None
+    allow_empty: bool = False
+
+    def __post_init__(self) -> None:
+        parse_template(self.text)
+
+    @property
+    def event_id_columns(self) -> tuple[str, ...]:
+        """The id columns as a tuple; empty when the whole row identifies the event."""
+        return (self.event_id,) if isinstance(self.event_id, str) else self.event_id
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column of the raw table this source names, without `where` conditions, each once."""
+        text = [part.column for part in parse_template(self.text) if isinstance(part, TemplateField)]
+        return tuple(dict.fromkeys([self.user_id, self.time, *self.event_id_columns, *text]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class TabularSourceConfig:
+    """A snapshot source: the last row of each user strictly before `as_of`.
+
+    Attributes:
+        table: The raw table.
+        user_id: Column of the user id.
+        time: Column saying since when a row holds. Without it rows hold forever, which can leak the future.
+        time_zone: Zone of a timestamp column that carries none.
+        numeric: Numeric columns, as a list (one group) or as `{group: [columns]}`; each group is one soft token.
+        categorical: Columns rendered as `column: value`; each value is one soft token.
+        where: SQL conditions a row must meet.
+        encoder: Text encoder of the categorical values; the project's when left out.
+        allow_empty: Accept a raw table without rows.
+    """
+
+    kind: Literal["tabular"]
+    table: TableConfig
+    user_id: str
+    time: str | None = None
+    time_zone: str = "UTC"
+    numeric: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+    encoder: str | None = None
+    allow_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.numeric and not self.categorical:
+            raise ConfigError("a tabular source needs `numeric` or `categorical` columns", "list at least one column")
+
+    @property
+    def numeric_groups(self) -> dict[str, tuple[str, ...]]:
+        """Numeric columns by group, in the order of the config."""
+        if isinstance(self.numeric, dict):
+            return {name: columns for name, columns in self.numeric.items() if columns}
+        return {"numeric": self.numeric} if self.numeric else {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column of the raw table this source names, each once."""
+        numeric = [column for columns in self.numeric_groups.values() for column in columns]
+        time = [self.time] if self.time else []
+        return tuple(dict.fromkeys([self.user_id, *time, *numeric, *self.categorical]))
+
+
+SourceConfig = EventSourceConfig | TabularSourceConfig
+_AnySource = Annotated[EventSourceConfig | TabularSourceConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class HistoryConfig:
+    """How much of the past makes an embedding: events in `[as_of - days, as_of)`."""
+
+    days: int = Field(default=90, ge=1)
+    max_text_chars: int = Field(default=256, ge=8, le=4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class InstructionConfig:
+    """One instruction, as in `instructue_feast.instructions.Instruction`."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class ModelSettings:
+    """Which model makes the embeddings.
+
+    Attributes:
+        path: Folder of a saved `InstructUEModel`. Left out: a seeded, untrained one is made from the keys below.
+        llm: Hugging Face causal LM by name or path.
+        text_encoder: Hugging Face text encoder by name or path, for sources that name none.
+        embedding_dim: Size of the user embedding.
+        seed: Seed of an untrained model's adapters and heads.
+        dtype: Compute type of the LLM.
+        max_batch_tokens: Upper bound on the padded tokens of one forward pass.
+    """
+
+    path: str | None = None
+    llm: str = "smollm2-135m-instruct"
+    text_encoder: str = "all-minilm-l6-v2"
+    embedding_dim: int = Field(default=128, ge=2, le=4096)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_batch_tokens: int = Field(default=4096, ge=64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class OutputConfig:
+    """Where extracts, event vectors, runs and publications go (any fsspec URL).
+
+    Attributes:
+        path: Root of everything this project writes.
+        buckets: Files a run is cut into by a hash of the user id; the unit of work and of resuming.
+        min_free_gib: A job refuses to start with less free disk than this.
+        keep_runs: How many published runs per feature view stay readable for historical retrieval.
+    """
+
+    path: str
+    buckets: int = Field(default=16, ge=1, le=65_536)
+    min_free_gib: float = Field(default=1.0, ge=0)
+    keep_runs: int = Field(default=400, ge=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class FeastConfig:
+    """Names under which Feast knows the embeddings."""
+
+    entity: str = "user"
+    join_key: str = "user_id"
+    service: str = "user_embeddings"
+    ttl_days: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class InstructueConfig:
+    """A whole project. See `load_config`."""
+
+    project: str
+    sources: dict[str, _AnySource]
+    instructions: tuple[InstructionConfig, ...]
+    output: OutputConfig
+    users: UsersConfig | None = None
+    history: HistoryConfig = Field(default_factory=HistoryConfig)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    feast: FeastConfig = Field(default_factory=FeastConfig)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("`sources` is empty", "declare at least one source")
+        for name in self.sources:
+            if not _SOURCE_NAME.match(name):
+                raise ConfigError(f"source name {name!r}", "use lower-case letters, digits and underscores")
+        if not self.instructions:
+            raise ConfigError("`instructions` is empty", "declare at least one instruction")
+        self.registry()
+
+    def registry(self) -> InstructionRegistry:
+        """The declared instructions."""
+        return InstructionRegistry(Instruction(one.id, one.text) for one in self.instructions)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Sources in config order; the position is the `source_index` of packed histories."""
+        return tuple(self.sources)
+
+    @property
+    def event_sources(self) -> dict[str, EventSourceConfig]:
+        """The event sources by name."""
+        return {name: one for name, one in self.sources.items() if isinstance(one, EventSourceConfig)}
+
+    @property
+    def tabular_sources(self) -> dict[str, TabularSourceConfig]:
+        """The snapshot sources by name."""
+        return {name: one for name, one in self.sources.items() if isinstance(one, TabularSourceConfig)}
+
+    @property
+    def numeric_columns(self) -> tuple[tuple[str, str, str], ...]:
+        """`(source, group, column)` of each position of a packed history's `tabular_numeric`."""
+        return tuple(
+            (name, group, column)
+            for name, source in self.tabular_sources.items()
+            for group, columns in source.numeric_groups.items()
+            for column in columns
+        )
+
+    def source_days(self, name: str) -> int:
+        """Window of an event source, in days."""
+        return self.event_sources[name].days or self.history.days
+
+    def encoder_of(self, name: str) -> str:
+        """Text encoder of a source."""
+        return self.sources[name].encoder or self.model.text_encoder
+
+    def history_digest(self) -> str:
+        """Hash of all settings that determine a packed history; table locations do not count.
+
+        Part of every embedding version, so that a changed template or window can never be mixed with older vectors.
+        """
+        sources = []
+        for name, source in self.sources.items():
+            settings = dataclasses.asdict(source)
+            for key in ("table", "allow_empty", "encoder"):
+                settings.pop(key)
+            sources.append([name, settings])
+        text = json.dumps({"sources": sources, "history": dataclasses.asdict(self.history)}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: str | Path) -> InstructueConfig:
+    """Reads and validates an `instructue.yaml`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The project, with absolute paths.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, a key or value is wrong; the message lists what exists.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file at {file}", "pass --config, or run `instructue data` to write an example")
+    try:
+        raw = yaml.safe_load(_interpolate(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}", "mend the file at that line") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} holds no mapping", "start with `project:`, `sources:`, `instructions:`, `output:`")
+    for source in (raw.get("sources") or {}).values() if isinstance(raw.get("sources"), dict) else ():
+        if isinstance(source, dict):
+            source.setdefault("kind", "events")
+    try:
+        config = _ADAPTER.validate_python(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error.message}", error.hint) from None
+    except ValidationError as error:
+        raise ConfigError(*_explain(file, error)) from None
+    return _absolute(config, file.resolve().parent)
+
+
+_ADAPTER: TypeAdapter[InstructueConfig] = TypeAdapter(InstructueConfig)
+_CLASSES: dict[str, type] = {
+    "table": TableConfig, "users": UsersConfig, "history": HistoryConfig, "instructions": InstructionConfig,
+    "events": EventSourceConfig, "tabular": TabularSourceConfig, "model": ModelSettings, "output": OutputConfig, "feast": FeastConfig,
+}  # fmt: skip
+
+
+def _explain(file: Path, error: ValidationError) -> tuple[str, str]:
+    """Turns pydantic's first complaint into `what, where` and `what exists`."""
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] in unknown), errors[0])
+    loc = [str(piece) for piece in first["loc"]]
+    path = [*loc[:2], *loc[3:]] if loc[0] == "sources" and loc[2:3] in (["events"], ["tabular"]) else loc
+    where = ".".join(path)
+    if first["type"] in unknown:
+        names = [field.name for field in dataclasses.fields(_class_at(loc[:-1]))]
+        return f"{file}: unknown key `{where}`", did_you_mean(path[-1], names)
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{file}: `{where}` is missing", "add the key"
+    return f"{file}: `{where}`: {first['msg']}", "mend that key in the file"
+
+
+def _class_at(parents: list[str]) -> Any:
+    for piece in reversed(parents):
+        if piece in _CLASSES:
+            return _CLASSES[piece]
+    return InstructueConfig
+
+
+def _interpolate(text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match.group(1), match.group(2))
+        if found is None:
+            raise ConfigError(
+                f"environment variable {match.group(1)} is not set", f"set it, or write ${{{match.group(1)}:-default}}"
+            )
+        return found
+
+    return _ENV.sub(value, text)
+
+
+def _absolute(config: InstructueConfig, base: Path) -> InstructueConfig:
+    def resolve(path: str) -> str:
+        return path if "://" in path else str((base / Path(path).expanduser()).resolve())
+
+    def table(one: TableConfig) -> TableConfig:
+        return dataclasses.replace(one, path=resolve(one.path)) if one.path else one
+
+    sources = {name: dataclasses.replace(one, table=table(one.table)) for name, one in config.sources.items()}
+    users = config.users and dataclasses.replace(config.users, table=table(config.users.table))
+    output = dataclasses.replace(config.output, path=resolve(config.output.path))
+    model = config.model
+    if model.path:
+        model = dataclasses.replace(model, path=resolve(model.path))
+    return dataclasses.replace(config, sources=sources, users=users, output=output, model=model)

@@ -1,0 +1,1 @@
+"""Packed histories and the phrasebook: pure Arrow and NumPy, no torch, no Spark."""

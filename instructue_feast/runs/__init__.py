@@ -1,0 +1,1 @@
+"""Extracts, runs and publications on any fsspec file system: no torch, no Spark, no Feast."""
