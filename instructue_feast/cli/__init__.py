@@ -1,1 +1,1 @@
-
+"""The `instructue` command line: one file per noun."""

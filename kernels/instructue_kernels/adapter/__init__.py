@@ -1,0 +1,5 @@
+"""The per-source adapter: event vectors to soft tokens. See `README.md` in this folder."""
+
+from instructue_kernels.adapter.op import adapter
+
+__all__ = ["adapter"]

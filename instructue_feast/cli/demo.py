@@ -1,0 +1,147 @@
+"""`instructue demo`: the whole path on real purchases, and a report of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from instructue_feast.cli.backfill import print_run, run_backfill_job, vars_of
+from instructue_feast.cli.console import JsonOption, err, out, print_json, print_table
+from instructue_feast.cli.extract import print_counts
+from instructue_feast.cli.jobs import JobResult, StageDisplay, StageResult
+
+AS_OF = "2017-10-01T00:00:00Z"
+DATASET = "The Complete Journey (84.51°, 2017)"
+LOOKUPS = 200
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for data, runs and the report.")] = Path("build/demo"),
+    households: Annotated[int, typer.Option(min=3, help="Households to embed.")] = 500,
+    as_json: JsonOption = False,
+) -> None:
+    """Purchases in, user embeddings out of the online store, on The Complete Journey; writes report.html and report.json.
+
+    Example: [bold]instructue demo --out build/demo --households 500[/]
+    """
+    report = run_demo(folder, households, quiet=as_json)
+    if as_json:
+        print_json(report)
+        return
+    out.print(f"\nReport: {folder / 'report.html'} and {folder / 'report.json'}", soft_wrap=True)
+    out.print(f"Try:    instructue get {report['example_user']} --repo {folder}", soft_wrap=True)
+
+
+def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
+    """Runs every stage from nothing and returns what `report.json` holds."""
+    from instructue_feast.cli.demo_report import write_report
+    from instructue_feast.datasets.complete_journey import write_complete_journey
+    from instructue_feast.feature_store.lookup import UserEmbeddings
+    from instructue_feast.feature_store.materialize import apply_repo, materialize
+    from instructue_feast.runs.store import OutputStore
+
+    if not quiet:
+        err.print(f"[bold]{DATASET}[/]: {households} households, as of {AS_OF}")
+    for old in ("output", "data"):  # a demo starts from nothing, so that its figures can be compared
+        OutputStore(str(folder)).remove(old)
+    stages: list[StageResult] = []
+    with StageDisplay(quiet=quiet) as display:
+
+        def data() -> tuple[int, int]:
+            summary = write_complete_journey(folder, households=households)
+            return summary.rows_read, sum(summary.rows.values())
+
+        stages.append(display.timed("data", data))
+    job = run_backfill_job(str(folder / "instructue.yaml"), AS_OF, quiet=quiet)
+    stages += job.stages
+    run, extract = job.value["run"], job.value["extract"]
+    with StageDisplay(quiet=quiet) as display:
+        views: list[Any] = []
+
+        def online() -> tuple[int, int]:
+            apply_repo(folder)
+            views.extend(materialize(folder))
+            return run["users"] * len(run["instructions"]), sum(view.rows for view in views)
+
+        stages.append(display.timed("materialize", online))
+        lookup: dict[str, Any] = {}
+
+        def look_up() -> tuple[int, int]:
+            users = _users(folder, run["run_id"])
+            lookup.update(_measure_lookup(UserEmbeddings(folder), users))
+            return lookup["users"], lookup["found"]
+
+        stages.append(display.timed("lookup", look_up))
+    example = write_report(folder, job, stages, lookup)
+    report = {
+        "dataset": DATASET,
+        "users": run["users"],
+        "events": extract["events"],
+        "distinct_texts": run["distinct_texts"],
+        "texts_encoded": run["texts_encoded"],
+        "instructions": [one["id"] for one in run["instructions"]],
+        "embedding_dim": run["embedding_dim"],
+        "embedding_versions": {one["id"]: one["embedding_version"] for one in run["instructions"]},
+        "trained": run["trained"],
+        "stages": [vars_of(stage) for stage in stages],
+        "online": {
+            "store": "sqlite",
+            "features": [one["id"] for one in run["instructions"]],
+            "rows": sum(view.rows for view in views),
+        },
+        "lookup": {"users": lookup["users"], "p50_ms": lookup["p50_ms"]},
+        "parity": example["parity"],
+        "example_user": example["user"],
+    }
+    OutputStore(str(folder)).write_json(report, "report.json")
+    if not quiet:
+        _print_summary(job, stages, lookup, example)
+    return report
+
+
+def _users(folder: Path, run_id: str) -> list[str]:
+    from instructue_feast.config import load_config
+    from instructue_feast.runs.reader import read_run
+    from instructue_feast.runs.store import OutputStore
+
+    store = OutputStore(load_config(folder / "instructue.yaml").output.path)
+    return [str(user) for user in read_run(store, run_id, columns=["user_id"]).column("user_id").to_pylist()]
+
+
+def _measure_lookup(embeddings: Any, users: list[str]) -> dict[str, Any]:
+    """Looks users up one by one, as a recommender does, after one lookup that opens the store."""
+    sample = users[:LOOKUPS]
+    embeddings.get(sample[:1])
+    times, found = [], 0
+    for user in sample:
+        started = time.perf_counter()
+        result = embeddings.get([user])
+        times.append((time.perf_counter() - started) * 1000)
+        found += all(bool(one[0]) for one in result.found.values())
+    ordered = sorted(times)
+    return {
+        "users": len(sample),
+        "found": found,
+        "p50_ms": round(statistics.median(ordered), 3),
+        "p99_ms": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 3),
+    }
+
+
+def _print_summary(job: JobResult, stages: list[StageResult], lookup: dict[str, Any], example: dict[str, Any]) -> None:
+    print_counts(job.value["extract"])
+    print_run(job.value["run"], job)
+    print_table(
+        "Online lookup, one user at a time, all instructions",
+        ["users", "found", "p50 ms", "p99 ms"],
+        [[lookup["users"], lookup["found"], lookup["p50_ms"], lookup["p99_ms"]]],
+    )
+    out.print(
+        f"Parity: the online vectors of {example['parity']['users']} users differ from a direct encode by at most "
+        f"{example['parity']['max_difference']:.1e}.",
+        soft_wrap=True,
+    )
+    out.print(f"All stages: {sum(stage.seconds for stage in stages):.0f} s")

@@ -1,0 +1,111 @@
+"""Project folders: a config, and what makes the folder a Feast repo."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from instructue_feast.errors import ConfigError, StorageError, did_you_mean
+
+TEMPLATES = ("complete_journey", "synthetic")
+"""Names of the config templates."""
+
+
+def render_config(template: str, *, raw: str = "raw", output: str = "output") -> str:
+    """Text of an `instructue.yaml`.
+
+    Args:
+        template: One of `TEMPLATES`.
+        raw: Folder of the raw tables, absolute or relative to the config.
+        output: Folder of everything the project writes.
+
+    Raises:
+        ConfigError: There is no such template.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"unknown project template {template!r}", did_you_mean(template, TEMPLATES))
+    text = _read(f"{template}.yaml")
+    return text.replace("path: raw/", f"path: {raw}/").replace("\n  path: output\n", f"\n  path: {output}\n")
+
+
+def project_files(template: str, *, raw: str = "raw", output: str = "output") -> dict[str, str]:
+    """The files of a project folder by name; see `write_project`."""
+    return {
+        "instructue.yaml": render_config(template, raw=raw, output=output),
+        "feature_store.yaml": _read("feature_store.yaml"),
+        "definitions.py": _read("definitions.py.txt"),
+    }
+
+
+def write_project(folder: Path, template: str, *, raw: str = "raw", output: str = "output") -> Path:
+    """Writes `instructue.yaml`, `feature_store.yaml` and `definitions.py`, so that the folder is also a Feast repo.
+
+    A file that is there with other content is kept as `<name>.bak`.
+
+    Args:
+        folder: The project's folder; made when missing.
+        template: One of `TEMPLATES`.
+        raw: Folder of the raw tables, absolute or relative to `folder`.
+        output: Folder of everything the project writes, absolute or relative to `folder`.
+
+    Returns:
+        Path of the config.
+
+    Raises:
+        ConfigError: There is no such template.
+        StorageError: The folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> write_project(Path(tempfile.mkdtemp()), "synthetic").name
+        'instructue.yaml'
+    """
+    files = project_files(template, raw=raw, output=output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            target = folder / name
+            if target.exists():
+                if target.read_text(encoding="utf-8") == text:
+                    continue
+                shutil.copyfile(target, folder / f"{name}.bak")
+            scratch = folder / f"{name}.{uuid.uuid4().hex}.tmp"
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}", "free disk space or mend the rights") from None
+    return folder / "instructue.yaml"
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Gives an empty scratch folder that takes the place of `target` when the block ends without an error.
+
+    Until then `target` stays as it was; after an error the scratch folder is gone.
+
+    Raises:
+        StorageError: The disk is full or the location is not writable.
+    """
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        if target.exists():
+            target.rename(old)
+        scratch.rename(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}", "free disk space or mend the rights") from None
+    finally:
+        if old.exists() and not target.exists():  # the second rename failed: put the old folder back
+            old.rename(target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(name: str) -> str:
+    return resources.files("instructue_feast.datasets").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,182 @@
+"""From the current publication into the online store, with counts and proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from feast import FeatureStore, FeatureView
+
+from instructue_feast.config import load_config
+from instructue_feast.errors import ConfigError, PublishConflictError, StorageError, VersionMismatchError
+from instructue_feast.feature_store.lookup import read_stored, served_view
+from instructue_feast.feature_store.session import open_store, quiet
+from instructue_feast.feature_store.views import OWNER, OWNER_TAG, feature_views
+from instructue_feast.runs.audit import vector_matrix
+from instructue_feast.runs.publish import Publication, PublishedView, current_publication
+from instructue_feast.runs.store import OutputStore
+
+CONFIG_NAME = "instructue.yaml"
+_SAMPLED_FILES = 4
+_SAMPLED_ROWS = 16  # of each sampled file
+
+
+@dataclass(frozen=True, slots=True)
+class MaterializedView:
+    """One view in the online store: `rows` users of the run with that `as_of`, written in `seconds`."""
+
+    name: str
+    rows: int
+    seconds: float
+    instruction: str
+    as_of: str
+
+
+def apply_repo(repo: Path | str) -> list[str]:
+    """Registers the current publication, as `feast apply` does, in this process.
+
+    Objects of earlier publications that are gone are removed along with their online data. Objects that do not come
+    from this package are never touched; `feast apply` is there for those.
+
+    Args:
+        repo: Folder with `feature_store.yaml` and `instructue.yaml`.
+
+    Returns:
+        Names of the registered feature views.
+
+    Raises:
+        ConfigError: The folder is not such a repo, or nothing is published yet.
+    """
+    folder = Path(repo).resolve()
+    store = open_store(folder)
+    if current_publication(_output(folder)) is None:
+        raise ConfigError("nothing is published yet", "run `instructue backfill` and `instructue publish` first")
+    wanted = feature_views(folder / CONFIG_NAME)
+    with quiet():
+        registry, project = store.registry, store.project
+        old = [
+            *registry.list_feature_services(project),
+            *registry.list_feature_views(project),
+            *registry.list_data_sources(project),
+            *registry.list_entities(project),
+        ]
+        sources = {view.batch_source.name for view in wanted.values() if isinstance(view, FeatureView)}
+        gone = [
+            one
+            for one in old
+            if one.tags.get(OWNER_TAG) == OWNER and one.name not in wanted and one.name not in sources
+        ]
+        store.apply(list(wanted.values()), objects_to_delete=gone, partial=False)
+    return [name for name, one in wanted.items() if isinstance(one, FeatureView)]
+
+
+def materialize(
+    repo: Path | str, *, on_view: Callable[[MaterializedView], None] | None = None
+) -> list[MaterializedView]:
+    """Writes the newest run of every current view into the online store and checks that it is served.
+
+    Each view gets an explicit window that holds exactly the `as_of` of its newest run. (An incremental materialization
+    never goes back, so it would miss a run published late.) The views before the current ones keep the online data they
+    have, for a rollback.
+
+    Args:
+        repo: Folder with `feature_store.yaml` and `instructue.yaml`; `apply_repo` must have registered the publication.
+        on_view: Called after each view.
+
+    Returns:
+        One entry per current view.
+
+    Raises:
+        ConfigError: Nothing is published.
+        VersionMismatchError: The registry does not hold the current publication.
+        StorageError: The online store does not serve what was written.
+        PublishConflictError: Another run was published meanwhile.
+    """
+    folder = Path(repo).resolve()
+    output = _output(folder)
+    publication = current_publication(output)
+    if publication is None:
+        raise ConfigError("nothing is published yet", "run `instructue backfill` and `instructue publish` first")
+    store = open_store(folder)
+    _check_registry(store, publication)
+    # Redis skips a write whose event time is not newer, so a run published again for the same `as_of` would be lost.
+    # Only the newest run of each view is ever written here, so nothing newer can be overwritten.
+    if hasattr(store.config.online_store, "skip_dedup"):
+        store.config.online_store.skip_dedup = True
+    done = []
+    for view in publication.current_views:
+        started = time.monotonic()
+        as_of = datetime.fromisoformat(view.newest.as_of)
+        with quiet():
+            store.materialize(as_of - timedelta(seconds=1), as_of, feature_views=[view.name])
+        rows = _verify(store, output, publication, view)
+        seconds = round(time.monotonic() - started, 3)
+        result = MaterializedView(view.name, rows, seconds, view.instruction, view.newest.as_of)
+        done.append(result)
+        if on_view:
+            on_view(result)
+    latest = current_publication(output)
+    if latest is None or latest.id != publication.id:
+        raise PublishConflictError(
+            f"publication {publication.id} was replaced while it was materialized", "apply and materialize again"
+        )
+    return done
+
+
+def _output(folder: Path) -> OutputStore:
+    return OutputStore(load_config(folder / CONFIG_NAME).output.path)
+
+
+def _check_registry(store: FeatureStore, publication: Publication) -> None:
+    """Refuses to work with views that still point into another publication."""
+    with quiet():
+        registered = {
+            view.name: view.tags.get("publication") for view in store.registry.list_feature_views(store.project)
+        }
+    stale = [view.name for view in publication.current_views if registered.get(view.name) != publication.id]
+    if stale:
+        raise VersionMismatchError(
+            f"the registry does not hold publication {publication.id} yet: {len(stale)} of its "
+            f"{len(publication.current)} current views are missing or older, for one {stale[0]}",
+            "run `feast apply` first",
+        )
+
+
+def _verify(store: FeatureStore, output: OutputStore, publication: Publication, view: PublishedView) -> int:
+    """Counts the rows of the view's newest run and compares a sample of them with what is served.
+
+    Raises:
+        StorageError: A sampled user is not served, or with another vector.
+    """
+    folder = ("published", publication.id, view.name)
+    names = [name for name in output.names(*folder) if name.rpartition("-")[0] == view.newest.run_id]
+    sampled = set(names[:: max(1, len(names) // _SAMPLED_FILES)][:_SAMPLED_FILES])
+    rows, wrong, asked = 0, 0, 0
+    for name in names:
+        with output.fs.open(output.path(*folder, name), "rb") as stream:
+            file = pq.ParquetFile(stream)
+            rows += file.metadata.num_rows
+            if name not in sampled:
+                continue
+            batch = next(file.iter_batches(_SAMPLED_ROWS, columns=["user_id", view.instruction]))
+        table = pa.Table.from_batches([batch])
+        users = table.column("user_id").to_pylist()
+        with quiet():
+            served = {view.instruction: served_view(store, view.name)}
+            vectors, found, _ = read_stored(store, served, users)[view.instruction]
+        expected = vector_matrix(table, view.instruction, view.name)
+        asked += len(users)
+        wrong += int(np.count_nonzero(~found | (vectors != expected).any(axis=1)))
+    if wrong:
+        raise StorageError(
+            f"view {view.name}: the online store serves {wrong} of {asked} sampled users not at all or with another "
+            f"vector than run {view.newest.run_id} holds",
+            "does another process write the same online store? Materialize again",
+        )
+    return rows

@@ -1,0 +1,53 @@
+"""Opening a Feast repo in-process, without the noise that stock Feast makes on stdout, stderr and the log."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from feast import FeatureStore
+
+from instructue_feast.errors import ConfigError
+
+
+def open_store(repo: Path | str) -> FeatureStore:
+    """Opens the Feast repo in a folder.
+
+    Raises:
+        ConfigError: There is no `feature_store.yaml` in it, or Feast refuses it.
+    """
+    folder = Path(repo).resolve()
+    if not (folder / "feature_store.yaml").is_file():
+        raise ConfigError(f"no feature_store.yaml in {folder}", "pass the folder of a Feast repo, such as feature_repo")
+    with quiet():
+        try:
+            store = FeatureStore(repo_path=str(folder))
+            # The registry is read lazily; the advice Feast logs about its settings comes with it.
+            store.registry.list_entities(store.project)
+        except Exception as error:  # noqa: BLE001 - Feast raises anything here, from pydantic errors to ImportError
+            raise ConfigError(
+                f"Feast cannot open {folder}: {error}", "mend feature_store.yaml in that folder"
+            ) from error
+    return store
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Feast's prints and advice from mixing with what a command prints itself.
+
+    Not for use in several threads at once: it replaces the process's stdout while it lasts.
+    """
+    logger = logging.getLogger("feast.repo_config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it doubts `serve_features_while_materializing` with a file registry: it is needed
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            # ibis calls a duckdb function that will be renamed.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,112 @@
+"""The feature views of the current publication: one for each (instruction, embedding version)."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from feast import Entity, FeatureService, FeatureView, Field, FileSource
+from feast.data_format import ParquetFormat
+from feast.types import Array, Float32, String
+from feast.value_type import ValueType
+
+from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.runs.publish import Publication, PublishedView, current_publication
+from instructue_feast.runs.store import OutputStore
+
+OWNER_TAG = "managed_by"
+OWNER = "instructue-feast"
+"""Objects with this tag come from here; `apply_repo` never removes any other."""
+
+
+def feature_views(config_path: Path | str) -> dict[str, object]:
+    """Feast objects of the current publication, by the name they must have in `definitions.py`.
+
+    Feast registers what it finds under module-level names, so a repo's `definitions.py` is
+    `globals().update(feature_views(Path(__file__).with_name("instructue.yaml")))`.
+
+    Args:
+        config_path: The project's `instructue.yaml`.
+
+    Returns:
+        The entity; for each published view a `FeatureView` named `<instruction>__<version8>` with the one feature
+        `<instruction>`; and the `FeatureService` of the current view of each instruction the config declares. Just the
+        entity, and a line on stderr, while nothing is published.
+
+    Raises:
+        ConfigError: The config is wrong.
+        StorageError: `published.json` cannot be read.
+    """
+    config = load_config(config_path)
+    publication = current_publication(OutputStore(config.output.path))
+    entity = Entity(
+        name=config.feast.entity,
+        join_keys=[config.feast.join_key],
+        value_type=ValueType.STRING,
+        description="A user of the project's sources.",
+        tags={OWNER_TAG: OWNER},
+    )
+    objects: dict[str, object] = {entity.name: entity}
+    if publication is None:
+        sys.stderr.write(
+            f"Nothing is published in {config.output.path} yet, so there are no feature views to register.\n"
+            "Hint: run `instructue backfill` and `instructue publish`, then apply again.\n"
+        )
+        return objects
+    views = {view.name: _feature_view(config, publication, view, entity) for view in publication.views}
+    objects.update(views)
+    declared = config.registry()
+    served = [views[name] for instruction, name in publication.current.items() if instruction in declared]
+    if served:
+        objects[config.feast.service] = FeatureService(
+            name=config.feast.service,
+            features=served,
+            description="The current user embedding of every instruction.",
+            tags={OWNER_TAG: OWNER, "publication": publication.id, "run": publication.run_id},
+        )
+    return objects
+
+
+def _feature_view(
+    config: InstructueConfig, publication: Publication, view: PublishedView, entity: Entity
+) -> FeatureView:
+    store = OutputStore(config.output.path)
+    tags = {
+        OWNER_TAG: OWNER,
+        "instruction": view.instruction,
+        "embedding_version": view.embedding_version,
+        "model_version": view.model_version,
+        "trained": str(view.trained).lower(),
+        "publication": publication.id,
+        "run": view.newest.run_id,
+        "as_of": view.newest.as_of,
+    }
+    key = config.feast.join_key
+    source = FileSource(
+        name=f"{view.name}__source",
+        path=store.url("published", publication.id, view.name),
+        file_format=ParquetFormat(),
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created",
+        field_mapping=None if key == "user_id" else {"user_id": key},
+        tags={OWNER_TAG: OWNER},
+    )
+    vector = Field(
+        name=view.instruction,
+        dtype=Array(Float32),
+        vector_index=True,
+        vector_length=view.embedding_dim,
+        vector_search_metric="COSINE",
+        description="Unit-norm user embedding.",
+    )
+    return FeatureView(
+        name=view.name,
+        entities=[entity],
+        ttl=timedelta(days=config.feast.ttl_days),
+        schema=[Field(name=key, dtype=String), vector],
+        source=source,
+        online=True,
+        description=f"User embedding for the instruction {view.instruction}, version {view.embedding_version[:8]}.",
+        tags=tags,
+    )

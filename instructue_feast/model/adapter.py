@@ -1,0 +1,118 @@
+"""From encoder vectors and numbers to soft tokens: one adapter per source, one projection per numeric group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from instructue_kernels.adapter import adapter
+from torch import nn
+
+from instructue_feast.model.seeding import fill_normal
+
+# N = texts, D = encoder size, M = middle size, H = hidden size of the LLM, B = users, C = numeric columns, G = groups
+
+_GELU_SECOND_MOMENT = 0.4252
+"""E[gelu(z)^2] for standard normal z; makes the initial output's size exact."""
+
+
+class SourceAdapter(nn.Module):
+    """LayerNorm -> Linear(D, M) -> GELU -> Linear(M, H) of one source.
+
+    Args:
+        dim: Encoder size D.
+        middle: M.
+        hidden: H.
+    """
+
+    def __init__(self, dim: int, middle: int, hidden: int) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(dim))
+        self.norm_bias = nn.Parameter(torch.zeros(dim))
+        self.up = nn.Parameter(torch.zeros(middle, dim))
+        self.up_bias = nn.Parameter(torch.zeros(middle))
+        self.down = nn.Parameter(torch.zeros(hidden, middle))
+        self.down_bias = nn.Parameter(torch.zeros(hidden))
+
+    def initialise(self, rms: float, *, seed: int, name: str) -> None:
+        """Random weights whose soft tokens have the root-mean-square size `rms`, that of the LLM's own embeddings."""
+        middle, dim = self.up.shape
+        fill_normal(self.up, 1 / math.sqrt(dim), seed=seed, name=f"{name}.up")
+        fill_normal(self.down, rms / math.sqrt(middle * _GELU_SECOND_MOMENT), seed=seed, name=f"{name}.down")
+
+    def forward(self, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """Soft tokens `[N, H]`."""
+        return adapter(
+            vectors_ND, self.norm_weight, self.norm_bias, self.up, self.up_bias, self.down, self.down_bias
+        )  # fmt: skip
+
+
+class NumericAdapter(nn.Module):
+    """One soft token per numeric group: a linear projection of its standardised asinh values and missing flags.
+
+    asinh tames amounts over several orders of magnitude and keeps the sign; NaN and infinity count as missing.
+
+    Args:
+        groups: Positions of each group's columns.
+        columns: C.
+        hidden: H.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, groups: list[list[int]], columns: int, hidden: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.projections = nn.ModuleList(nn.Linear(2 * len(one), hidden) for one in groups)
+        self.register_buffer("mean", torch.zeros(columns))
+        self.register_buffer("std", torch.ones(columns))
+
+    def initialise(self, rms: float, *, seed: int, name: str) -> None:
+        """Random projections; tokens of about the size `rms` once `mean` and `std` are those of the data."""
+        for index, projection in enumerate(self.projections):
+            assert isinstance(projection, nn.Linear)
+            std = rms / math.sqrt(2 * projection.in_features)
+            fill_normal(projection.weight, std, seed=seed, name=f"{name}.{index}.weight")
+            fill_normal(projection.bias, rms / math.sqrt(2), seed=seed, name=f"{name}.{index}.bias")
+
+    def set_statistics(self, values_UC: torch.Tensor) -> None:
+        """Takes mean and standard deviation of the asinh values from U users, missing ones left out."""
+        present = values_UC.isfinite()
+        scaled = torch.asinh(values_UC.float().where(present, torch.zeros(())))
+        count = present.sum(0).clamp(min=1)
+        mean = scaled.sum(0) / count
+        variance = ((scaled - mean) ** 2 * present).sum(0) / count
+        self.mean.copy_(mean)
+        self.std.copy_(variance.sqrt().clamp(min=1e-3))
+
+    def forward(self, values_BC: torch.Tensor) -> torch.Tensor:
+        """Soft tokens `[B, G, H]`."""
+        present = values_BC.isfinite()
+        scaled = (torch.asinh(values_BC.where(present, torch.zeros_like(values_BC))) - self.mean) / self.std
+        scaled = scaled.where(present, torch.zeros_like(scaled))
+        missing = (~present).to(scaled.dtype)
+        tokens = [
+            projection(torch.cat([scaled[:, group], missing[:, group]], dim=-1))
+            for group, projection in zip(self.groups, self.projections, strict=True)
+        ]
+        return torch.stack(tokens, dim=1)
+
+
+class ProjectionHead(nn.Module):
+    """H -> middle -> ReLU -> embedding size, then unit length; always float32."""
+
+    def __init__(self, hidden: int, middle: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, middle)
+        self.down = nn.Linear(middle, embedding_dim)
+
+    def initialise(self, *, seed: int, name: str) -> None:
+        """Random weights that keep the size of their input."""
+        for key, linear in (("up", self.up), ("down", self.down)):
+            fill_normal(linear.weight, math.sqrt(2 / linear.in_features), seed=seed, name=f"{name}.{key}")
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_BKH: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `[B, K, embedding_dim]`."""
+        return nn.functional.normalize(self.down(torch.relu(self.up(hidden_BKH.float()))), dim=-1)

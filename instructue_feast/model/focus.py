@@ -1,0 +1,120 @@
+"""The focus token: what of a user's history an instruction is about, before the LLM reads anything.
+
+An instruction's encoder vector attends over the user's texts; what it finds becomes one soft token of its suffix. Nothing
+in the shared prefix depends on the instruction, so the prefix stays shared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
+from instructue_feast.model.seeding import fill_normal, orthonormal
+
+# N = texts, D = encoder size, F = focus size, H = hidden size, B = users, L = most texts of a user, K = instructions
+
+INITIAL_TEMPERATURE = 0.05
+_NUM_SCALARS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FocusResult:
+    """Focus tokens and what they looked at.
+
+    Attributes:
+        tokens: `[B, K, H]`.
+        weights: `[B, L, K]`, over L a distribution; all zero for a user without texts.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+
+class Focus(nn.Module):
+    """Learned bilinear similarity, softmax with a learned temperature, pooling, and a linear layer.
+
+    Args:
+        dims: Vector size of each distinct encoder, in order.
+        focus_dim: F. At least the largest size makes the untrained similarity the cosine exactly.
+        hidden: H.
+    """
+
+    def __init__(self, dims: list[int], focus_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.keys = nn.ModuleList(nn.Linear(dim, focus_dim, bias=False) for dim in dims)
+        self.queries = nn.ModuleList(nn.Linear(dim, focus_dim, bias=False) for dim in dims)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+        self.mix = nn.Linear(3 * hidden + _NUM_SCALARS, hidden)
+        self.nothing = nn.Parameter(torch.zeros(hidden))
+
+    @torch.no_grad()
+    def initialise(self, nothing: torch.Tensor, rms: float, *, seed: int, name: str) -> None:
+        """Identity similarity; the token starts as the sum of what was pooled, plus a trace of the scalars."""
+        hidden = len(self.nothing)
+        for index, (key, query) in enumerate(zip(self.keys, self.queries, strict=True)):
+            assert isinstance(key, nn.Linear)
+            assert isinstance(query, nn.Linear)
+            start = orthonormal(key.out_features, key.in_features, seed=seed, name=f"{name}.keys.{index}")
+            key.weight.copy_(start)
+            query.weight.copy_(start)
+        fill_normal(self.mix.weight, rms, seed=seed, name=f"{name}.mix")
+        self.mix.weight[:, : 3 * hidden] = torch.eye(hidden).repeat(1, 3)
+        self.mix.bias.zero_()
+        self.nothing.copy_(nothing)
+
+    def key(self, encoder: int, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """Focus keys `[N, F]` of texts of one encoder."""
+        keys: torch.Tensor = self.keys[encoder](vectors_ND)
+        return keys
+
+    def query(self, encoder: int, vectors_KD: torch.Tensor) -> torch.Tensor:
+        """Focus queries `[K, F]` of instructions in one encoder's space."""
+        queries: torch.Tensor = self.queries[encoder](vectors_KD)
+        return queries
+
+    def forward(
+        self,
+        similarity_BLK: torch.Tensor,
+        valid_BL: torch.Tensor,
+        soft_BLH: torch.Tensor,
+        count_BLH: torch.Tensor,
+        age_BLH: torch.Tensor,
+        count_bucket_BL: torch.Tensor,
+        age_bucket_BL: torch.Tensor,
+    ) -> FocusResult:
+        """Pools each user's texts for each instruction.
+
+        Args:
+            similarity_BLK: Similarity of each text and instruction; anything where `valid_BL` is false.
+            valid_BL: True where a user has a text.
+            soft_BLH: Soft tokens without count and age.
+            count_BLH: Count embeddings.
+            age_BLH: Age embeddings.
+            count_bucket_BL: Count buckets.
+            age_bucket_BL: Age buckets.
+        """
+        valid_BL1 = valid_BL[:, :, None]
+        if similarity_BLK.shape[1] == 0:
+            tokens = self.nothing.expand(*similarity_BLK.shape[::2], -1)
+            return FocusResult(tokens=tokens, weights=similarity_BLK)
+        lowest = torch.finfo(similarity_BLK.dtype).min
+        logits_BLK = (similarity_BLK / self.log_temperature.exp()).masked_fill(~valid_BL1, lowest)
+        weights_BLK = torch.softmax(logits_BLK, dim=1) * valid_BL1
+        weights_BKL = weights_BLK.transpose(1, 2)
+        similarity_BLK = similarity_BLK.masked_fill(~valid_BL1, 0.0)
+        levels_BL2 = torch.stack(
+            [count_bucket_BL / (NUM_COUNT_BUCKETS - 1), age_bucket_BL / (NUM_AGE_BUCKETS - 1)], dim=-1
+        )
+        scalars = [
+            similarity_BLK.masked_fill(~valid_BL1, -1.0).amax(1)[:, :, None],
+            (weights_BLK * similarity_BLK).sum(1)[:, :, None],
+            weights_BKL @ levels_BL2,
+        ]
+        pooled = [weights_BKL @ soft_BLH, weights_BKL @ count_BLH, weights_BKL @ age_BLH]
+        tokens_BKH = self.mix(torch.cat([*pooled, *scalars], dim=-1))
+        has_texts_B11 = valid_BL.any(1)[:, None, None]
+        return FocusResult(tokens=torch.where(has_texts_B11, tokens_BKH, self.nothing), weights=weights_BLK)

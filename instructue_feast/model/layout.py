@@ -1,0 +1,117 @@
+"""The prompt's layout: a shared prefix, one suffix per instruction, and who may look at whom.
+
+    segment   0 0 0 0 0 | 1 1 1 | 2 2 2 2 | -1 -1
+    position  0 1 2 3 4 | 5 6 7 | 5 6 7 8 |  0  0
+              prefix      suffix  suffix    padding
+
+A query sees the prefix up to itself and its own suffix up to itself. Positions restart after the user's own prefix, so a
+suffix computes exactly what it would compute alone. Suffixes are laid end to end: none is padded to the longest.
+Training uses the same layout, with answer tokens behind `<USER>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# B = users, S = padded prompt length, K = instructions per user
+
+Ints = npt.NDArray[np.int64]
+
+PREFIX = 0
+PADDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPrompts:
+    """Prompts of B users as indices into a table of token embeddings.
+
+    Attributes:
+        row_BS: `[B, S]` int64 row of the table; row 0 stands for padding.
+        segment_BS: `[B, S]` int64: 0 for the prefix, k for the k-th suffix from 1, -1 for padding.
+        position_BS: `[B, S]` int64 position ids.
+        readout_BK: `[B, K]` int64 place of each `<USER>` token in S.
+        num_tokens: Tokens that are not padding.
+    """
+
+    row_BS: Ints
+    segment_BS: Ints
+    position_BS: Ints
+    readout_BK: Ints
+    num_tokens: int
+
+
+def pack(prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]]) -> PackedPrompts:
+    """Packs prefixes and suffixes into rectangular arrays, padded on the right only.
+
+    Args:
+        prefixes: Table rows of each user's prefix.
+        suffixes: Table rows of each user's K suffixes.
+        readouts: Place of `<USER>` within each suffix.
+
+    Example:
+        >>> packed = pack([np.array([7, 8])], [[np.array([5]), np.array([3, 4])]], [[0, 1]])
+        >>> packed.position_BS.tolist(), packed.readout_BK.tolist()
+        ([[0, 1, 2, 2, 3]], [[2, 4]])
+    """
+    lengths = [len(prefix) + sum(len(one) for one in own) for prefix, own in zip(prefixes, suffixes, strict=True)]
+    shape = (len(prefixes), max(lengths, default=0))
+    row_BS = np.zeros(shape, np.int64)
+    segment_BS = np.full(shape, PADDING, np.int64)
+    position_BS = np.zeros(shape, np.int64)
+    readout_BK = np.zeros((len(prefixes), len(suffixes[0]) if suffixes else 0), np.int64)
+    for user, prefix in enumerate(prefixes):
+        own = suffixes[user]
+        sizes = np.array([len(one) for one in own], np.int64)
+        starts = len(prefix) + np.cumsum(sizes) - sizes
+        end = lengths[user]
+        row_BS[user, :end] = np.concatenate([prefix, *own])
+        segment_BS[user, : len(prefix)] = PREFIX
+        segment_BS[user, len(prefix) : end] = np.repeat(np.arange(1, len(own) + 1), sizes)
+        position_BS[user, :end] = np.arange(end)
+        position_BS[user, len(prefix) : end] -= np.repeat(starts - len(prefix), sizes)
+        readout_BK[user] = starts + np.asarray(readouts[user], np.int64)
+    return PackedPrompts(row_BS, segment_BS, position_BS, readout_BK, sum(lengths))
+
+
+def block_mask(segment_BS: torch.Tensor) -> torch.Tensor:
+    """`[B, S, S]` bool, true where the query (second axis) may see the key (third axis).
+
+    Padding is seen by nobody and sees only itself, so that no softmax is over nothing.
+    """
+    length = segment_BS.shape[1]
+    places = torch.arange(length, device=segment_BS.device)
+    query, key = segment_BS[:, :, None], segment_BS[:, None, :]
+    causal = places[:, None] >= places[None, :]
+    itself = places[:, None] == places[None, :]
+    visible = ((key == PREFIX) | (key == query)) & (query != PADDING) & causal
+    return visible | itself
+
+
+def additive_mask(segment_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`block_mask` as `[B, 1, S, S]` of 0 and the lowest value, which every attention of Transformers takes."""
+    visible = block_mask(segment_BS)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def token_budget_batches(lengths: Ints, names: Sequence[str], budget: int) -> list[Ints]:
+    """Cuts users into batches of at most `budget` padded tokens, by length, ties by name.
+
+    A user longer than the budget gets a batch of its own. The order depends on lengths and names alone.
+
+    Example:
+        >>> [one.tolist() for one in token_budget_batches(np.array([3, 9, 3]), ["c", "a", "b"], 6)]
+        [[2, 0], [1]]
+    """
+    order = sorted(range(len(lengths)), key=lambda user: (int(lengths[user]), names[user]))
+    batches: list[list[int]] = []
+    for user in order:
+        if batches and (len(batches[-1]) + 1) * int(lengths[user]) <= budget:
+            batches[-1].append(user)
+        else:
+            batches.append([user])
+    return [np.asarray(one, np.int64) for one in batches]

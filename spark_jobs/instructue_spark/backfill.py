@@ -1,0 +1,217 @@
+"""The backfill job: extract, encode what is new, embed every user, finish the run, publish it.
+
+    python -m instructue_spark.backfill --config instructue.yaml --as-of 2017-10-01T00:00:00Z
+
+Prints one JSON object per line (`instructue_spark.report`). A run that fails leaves no run behind; event vectors that
+were finished stay, because they are as good as new for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pyspark.sql import SparkSession
+
+from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.errors import VersionMismatchError
+from instructue_feast.instructions import Instruction
+from instructue_feast.runs.audit import combine_digests
+from instructue_feast.runs.manifest import (
+    ExtractManifest,
+    RunInstruction,
+    RunManifest,
+    from_json,
+    new_id,
+    parse_as_of,
+    to_json,
+)
+from instructue_feast.runs.publish import publish
+from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import finish_run
+from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
+from instructue_spark.extract import run_extract
+from instructue_spark.report import Reporter, run_main
+from instructue_spark.session import get_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackfillRequest:
+    """What to backfill.
+
+    Attributes:
+        config: The project.
+        as_of: Exclusive upper bound on event time.
+        instructions: Instruction ids; all declared ones for `None`.
+        run_id: Id of the new run; derived from `as_of` and the time when left out.
+        extract_id: A finished extract to embed; a new one is made when left out.
+        publish: Move the pointer to the run at the end.
+    """
+
+    config: InstructueConfig
+    as_of: datetime
+    instructions: Sequence[str] | None = None
+    run_id: str | None = None
+    extract_id: str | None = None
+    publish: bool = True
+
+
+def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Reporter) -> RunManifest:
+    """Makes one run.
+
+    Args:
+        spark: The session.
+        request: What to backfill.
+        reporter: Gets the stages `sources`, `phrasebook`, `history`, `encode`, `soft_tokens`, `embed`, `publish`.
+
+    Returns:
+        The manifest of the finished run.
+
+    Raises:
+        ConfigError: An instruction is not declared.
+        DataError: A raw table is missing, empty or unreadable.
+        RunConflictError: The run exists or another process is writing it.
+        InvalidEmbeddingError: A vector is NaN, infinite or not of unit length; nothing is published.
+        StorageError: Too little disk.
+    """
+    config = request.config
+    instructions = config.registry().select(request.instructions)
+    store = OutputStore(config.output.path)
+    store.require_free(config.output.min_free_gib)
+    created = datetime.now(UTC)
+    stamp = created.isoformat()
+    run_id = request.run_id or new_id(request.as_of, config.history_digest(), stamp)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": stamp}
+    store.claim(owner, "runs", run_id, "owner.json")
+    try:
+        return _backfill(spark, request, instructions, store, run_id, created, reporter)
+    except BaseException:
+        store.remove("runs", run_id)
+        raise
+
+
+def _backfill(
+    spark: SparkSession,
+    request: BackfillRequest,
+    instructions: tuple[Instruction, ...],
+    store: OutputStore,
+    run_id: str,
+    created: datetime,
+    reporter: Reporter,
+) -> RunManifest:
+    from instructue_feast.inference.version import embedding_version, model_version
+    from instructue_feast.model.factory import load_model
+
+    config, started = request.config, time.monotonic()
+    model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
+    extract = _extract(spark, request, store, run_id, reporter)
+    texts_encoded = encode_new_texts(spark, config, store, extract, reporter)
+    with reporter.stage("soft_tokens") as stage:
+        stage.rows_in = extract.distinct_texts
+        stage.rows_out = build_soft_tokens(config, store, model, extract, run_id)
+    plan = RunPlan(
+        root=store.root,
+        run_id=run_id,
+        extract_id=extract.extract_id,
+        created_us=int(created.timestamp() * 1_000_000),
+        num_sources=len(config.source_names),
+        num_numeric=len(config.numeric_columns),
+        instructions=tuple((one.id, one.text) for one in instructions),
+        dtype=config.model.dtype,
+        max_batch_tokens=config.model.max_batch_tokens,
+    )
+    used = [
+        RunInstruction(
+            id=one.id,
+            text=one.text,
+            content_hash=one.content_hash,
+            embedding_version=embedding_version(model, config, one),
+        )
+        for one in instructions
+    ]
+    version, trained, embedding_dim = model_version(model, config), model.config.trained, model.config.embedding_dim
+    del model  # the workers have their own; two copies of a large LLM may not fit
+    markers = embed_users(spark, plan, store, extract, reporter)
+    manifest = RunManifest(
+        run_id=run_id,
+        project=config.project,
+        as_of=extract.as_of,
+        created=created.isoformat(),
+        extract_id=extract.extract_id,
+        history_digest=extract.history_digest,
+        model_version=version,
+        trained=trained,
+        embedding_dim=embedding_dim,
+        instructions=used,
+        buckets=markers,
+        users=sum(marker.rows for marker in markers),
+        tokens=sum(marker.tokens for marker in markers),
+        texts_encoded=texts_encoded,
+        distinct_texts=extract.distinct_texts,
+        digest=combine_digests([marker.digest for marker in markers]),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    finish_run(store, manifest)
+    if request.publish:
+        with reporter.stage("publish") as stage:
+            stage.rows_in = stage.rows_out = manifest.users
+            publish(store, run_id, keep_runs=config.output.keep_runs)
+    return manifest
+
+
+def _extract(
+    spark: SparkSession, request: BackfillRequest, store: OutputStore, run_id: str, reporter: Reporter
+) -> ExtractManifest:
+    """Makes the run's extract, or opens the one asked for and checks that it fits the config and `as_of`."""
+    if request.extract_id is None:
+        return run_extract(spark, request.config, request.as_of, extract_id=run_id, reporter=reporter)
+    where = f"extract {request.extract_id}"
+    found = from_json(
+        ExtractManifest, store.read_json("extracts", request.extract_id, "manifest.json"), where
+    )
+    if found.history_digest != request.config.history_digest() or found.as_of != request.as_of.isoformat():
+        raise VersionMismatchError(
+            f"{where} was made with as_of {found.as_of} and other settings or another as_of than asked for",
+            "leave --extract out to extract anew",
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m instructue_spark.backfill` and of `spark-submit`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="path of instructue.yaml")
+    parser.add_argument("--as-of", required=True, help="exclusive upper bound on event time, ISO 8601 with time zone")
+    parser.add_argument("--instruction", action="append", help="instruction id; repeat for several; default: all")
+    parser.add_argument("--run-id", help="id of the new run")
+    parser.add_argument("--extract", help="a finished extract to embed instead of extracting anew")
+    parser.add_argument("--no-publish", action="store_true", help="finish the run but do not move the pointer")
+    parser.add_argument("--cores", type=int, help="local cores; default: all")
+    arguments = parser.parse_args(argv)
+
+    def job(reporter: Reporter) -> dict[str, object]:
+        config = load_config(arguments.config)
+        request = BackfillRequest(
+            config=config,
+            as_of=parse_as_of(arguments.as_of),
+            instructions=arguments.instruction,
+            run_id=arguments.run_id,
+            extract_id=arguments.extract,
+            publish=not arguments.no_publish,
+        )
+        config.registry().select(request.instructions)
+        spark = get_session(f"instructue backfill {config.project}", cores=arguments.cores)
+        manifest = run_backfill(spark, request, reporter)
+        extract = OutputStore(config.output.path).read_json("extracts", manifest.extract_id, "manifest.json")
+        return {"run": to_json(manifest), "extract": extract, "published": request.publish}
+
+    return run_main(job)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,365 @@
+"""Encode new texts once, then embed one bucket of users after the other into a run.
+
+Both stages run model code in `mapInArrow`, with the model loaded once per Python worker. A bucket is written by the
+worker that made it: the Parquet file first, the marker last, so a finished bucket is known by its marker alone.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from instructue_feast import schema
+from instructue_feast.config import InstructueConfig
+from instructue_feast.errors import DataError
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.instructions import Instruction
+from instructue_feast.runs.manifest import BucketMarker, ExtractManifest
+from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import write_bucket
+from instructue_spark.io import emit, spark_errors, spark_schema
+from instructue_spark.report import Reporter
+
+if TYPE_CHECKING:
+    from instructue_feast.inference.embedder import UserEmbedder
+    from instructue_feast.model.encoders import TextEncoder
+    from instructue_feast.model.modeling import InstructUEModel
+
+TEXTS_PER_TASK = 512
+_MARKER_ROW = pa.schema(
+    [
+        pa.field("bucket", pa.int64(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("digest", pa.string(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- encoding
+
+
+@lru_cache(maxsize=4)
+def _worker_encoder(name: str) -> TextEncoder:
+    """Loads an encoder once per Python worker."""
+    from instructue_feast.model.encoders import TextEncoder
+
+    _limit_threads()
+    return TextEncoder.load(name)
+
+
+def _encode_texts(name: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        encoder = _worker_encoder(name)
+        for batch in batches:
+            if batch.num_rows:
+                vectors = encoder.encode(batch.column("text").to_pylist())
+                offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
+                lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel(), pa.float32()))
+                yield from emit(pa.table({"text_id": batch.column("text_id"), "vector": lists}), schema.EVENT_VECTORS)
+
+    return run
+
+
+def encode_new_texts(
+    spark: SparkSession, config: InstructueConfig, store: OutputStore, extract: ExtractManifest, reporter: Reporter
+) -> int:
+    """Encodes the texts of an extract that were never encoded before, each exactly once.
+
+    Args:
+        spark: The session.
+        config: The project.
+        store: Where event vectors live, by encoder version.
+        extract: The extract whose phrasebook is encoded.
+        reporter: Gets the stage `encode`.
+
+    Returns:
+        How many texts were encoded.
+
+    Raises:
+        DataError: The encoder returned another number of vectors than it was given texts.
+    """
+    from instructue_feast.model.encoders import TextEncoder
+
+    with reporter.stage("encode") as stage:
+        stage.rows_in = extract.distinct_texts
+        phrasebook = spark.read.parquet(store.url("extracts", extract.extract_id, "phrasebook"))
+        for encoder_name, sources in _sources_by_encoder(config).items():
+            version = TextEncoder.load(encoder_name).version
+            texts = phrasebook.where(F.col("source").isin(sources)).select("text_id", "text")
+            known = _complete_vector_folders(store, version)
+            if known:
+                texts = texts.join(spark.read.parquet(*known).select("text_id"), "text_id", "left_anti")
+            stage.rows_out += _encode_missing(spark, store, texts, encoder_name, version, extract.extract_id, reporter)
+    return stage.rows_out
+
+
+def _encode_missing(
+    spark: SparkSession,
+    store: OutputStore,
+    texts: DataFrame,
+    encoder_name: str,
+    version: str,
+    extract_id: str,
+    reporter: Reporter,
+) -> int:
+    texts = texts.persist()
+    try:
+        with spark_errors():
+            missing = texts.count()
+        if not missing:
+            return 0
+        tasks = max(1, -(-missing // TEXTS_PER_TASK))
+        # Sorting by length keeps a task's texts alike, so that its batches pad little; rows are spread round-robin.
+        spread = texts.repartition(tasks, F.length("text"), "text_id").sortWithinPartitions(F.length("text"), "text_id")
+        vectors = spread.mapInArrow(_encode_texts(encoder_name), spark_schema(schema.EVENT_VECTORS))
+        target = store.url("event_vectors", version[:16], extract_id)
+        with _TaskProgress(spark, "encode", missing, reporter), spark_errors():
+            vectors.write.mode("overwrite").parquet(target)
+        written = int(ds.dataset(store.path("event_vectors", version[:16], extract_id), filesystem=store.fs).count_rows())
+        if written != missing:
+            store.remove("event_vectors", version[:16], extract_id)
+            raise DataError(f"{written} vectors were made of {missing} texts", "run the backfill again")
+        return missing
+    finally:
+        texts.unpersist()
+
+
+def _sources_by_encoder(config: InstructueConfig) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for source in config.source_names:
+        groups.setdefault(config.encoder_of(source), []).append(source)
+    return groups
+
+
+def _complete_vector_folders(store: OutputStore, version: str) -> list[str]:
+    """Folders of event vectors whose write finished; Spark puts `_SUCCESS` there last."""
+    base = ("event_vectors", version[:16])
+    return [store.url(*base, name) for name in store.names(*base) if store.exists(*base, name, "_SUCCESS")]
+
+
+# --------------------------------------------------------------------------------------------------------- embedding
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a worker must know to embed a bucket. Small, picklable, and the key of the worker's model cache."""
+
+    root: str
+    run_id: str
+    extract_id: str
+    created_us: int
+    num_sources: int
+    num_numeric: int
+    instructions: tuple[tuple[str, str], ...]
+    dtype: str
+    max_batch_tokens: int
+
+
+def build_soft_tokens(
+    config: InstructueConfig, store: OutputStore, model: InstructUEModel, extract: ExtractManifest, run_id: str
+) -> int:
+    """Turns the event vectors of an extract into the run's soft-token table, and saves model and table in the run.
+
+    Returns:
+        Rows of the table.
+
+    Raises:
+        DataError: A text of the phrasebook has no event vector.
+    """
+    from instructue_feast.inference.soft_tokens import SoftTokenTable
+    from instructue_feast.model.encoders import TextEncoder
+
+    phrasebook = ds.dataset(store.path("extracts", extract.extract_id, "phrasebook"), filesystem=store.fs)
+    phrases = phrasebook.to_table(columns=["source", "text_id"])
+    text_ids, source_index, vectors = [], [], []
+    for index, name in enumerate(config.source_names):
+        wanted = phrases.filter(pc.field("source") == name).column("text_id").combine_chunks()
+        version = TextEncoder.load(config.encoder_of(name)).version
+        text_ids.append(wanted.to_numpy())
+        source_index.append(np.full(len(wanted), index, dtype=np.int32))
+        vectors.append(_aligned_vectors(store, version, wanted))
+    table = SoftTokenTable.build(model, np.concatenate(text_ids), np.concatenate(source_index), vectors)
+    with tempfile.TemporaryDirectory() as scratch:
+        table.save(Path(scratch) / "soft_tokens.safetensors")
+        model.save_pretrained(Path(scratch) / "model")
+        store.fs.put(f"{scratch}/", store.path("runs", run_id) + "/", recursive=True)
+    return len(phrases)
+
+
+def _aligned_vectors(store: OutputStore, version: str, wanted: pa.Array) -> np.ndarray:
+    """Reads `[N, dim]` event vectors in the order of `wanted`."""
+    if not len(wanted):
+        return np.empty((0, 0), dtype=np.float32)
+    folders = [store.path("event_vectors", version[:16], name) for name in store.names("event_vectors", version[:16])]
+    files = [file for folder in folders for file in store.fs.glob(f"{folder}/*.parquet")]
+    found = ds.dataset(files, filesystem=store.fs).to_table(filter=pc.field("text_id").isin(wanted))
+    position = pc.index_in(wanted, value_set=found.column("text_id").combine_chunks())
+    if position.null_count:
+        raise DataError(f"{position.null_count} texts have no event vector", "run the backfill again")
+    matrix = found.column("vector").combine_chunks().flatten().to_numpy().reshape(len(found), -1)
+    return np.ascontiguousarray(matrix[position.to_numpy()], dtype=np.float32)
+
+
+@lru_cache(maxsize=1)
+def _worker_embedder(plan: RunPlan) -> UserEmbedder:
+    """Loads model and soft-token table of a run once per Python worker."""
+    from instructue_feast.inference.from_run import open_embedder
+
+    _limit_threads()
+    return open_embedder(OutputStore(plan.root), plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens)
+
+
+def _embed_buckets(plan: RunPlan) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for bucket in batch.column("id").to_pylist():
+                marker = _embed_bucket(plan, int(bucket))
+                row = {name: [getattr(marker, name)] for name in _MARKER_ROW.names}
+                yield from emit(pa.table(row), _MARKER_ROW)
+
+    return run
+
+
+def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
+    """Embeds the users of one bucket and writes them into the run."""
+    started = time.monotonic()
+    embedder = _worker_embedder(plan)
+    store = OutputStore(plan.root)
+    names = [name for name, _ in plan.instructions]
+    folder = store.path("extracts", plan.extract_id, "history", f"bucket={bucket}")
+    tokens = 0
+
+    def count(_users: int, batch_tokens: int) -> None:
+        nonlocal tokens
+        tokens += batch_tokens
+
+    columns: list[pa.Array] = []
+    user_ids: list[str] = []
+    as_of: np.ndarray = np.empty(0, dtype=np.int64)
+    vectors = np.empty((0, len(names), embedder.embedding_dim), dtype=np.float32)
+    if store.fs.isdir(folder):
+        table = ds.dataset(folder, filesystem=store.fs, format="parquet").to_table().sort_by("user_id")
+        history = PackedHistory.from_arrow(
+            table, num_sources=plan.num_sources, num_numeric=plan.num_numeric, where=f"history of bucket {bucket}"
+        )
+        user_ids, as_of = history.user_ids, history.as_of_us
+        instructions = [Instruction(name, text) for name, text in plan.instructions]
+        vectors = embedder.encode(history, instructions, on_batch=count)
+    offsets = pa.array(np.arange(0, len(user_ids) * embedder.embedding_dim + 1, embedder.embedding_dim, dtype=np.int32))
+    for position in range(len(names)):
+        flat = np.ascontiguousarray(vectors[:, position]).ravel()
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat, pa.float32())))
+    created = np.full(len(user_ids), plan.created_us, dtype=np.int64)
+    rows = pa.Table.from_arrays(
+        [
+            pa.array(user_ids, pa.string()),
+            pa.array(as_of, pa.int64()).cast(schema.TIMESTAMP),
+            pa.array(created, pa.int64()).cast(schema.TIMESTAMP),
+            *columns,
+        ],
+        schema=schema.embeddings_schema(names),
+    )
+    return write_bucket(store, plan.run_id, bucket, rows, tokens=tokens, seconds=time.monotonic() - started)
+
+
+def embed_users(
+    spark: SparkSession, plan: RunPlan, store: OutputStore, extract: ExtractManifest, reporter: Reporter
+) -> list[BucketMarker]:
+    """Embeds all users of an extract: one Spark task per bucket, K instructions in one forward pass per batch.
+
+    Args:
+        spark: The session.
+        plan: What the workers need.
+        store: Where the run lives.
+        extract: The extract.
+        reporter: Gets the stage `embed` and its progress in users.
+
+    Returns:
+        The marker of every bucket, in order.
+
+    Raises:
+        InvalidEmbeddingError: A vector is NaN, infinite or not of unit length.
+    """
+    with reporter.stage("embed") as stage:
+        stage.rows_in = extract.users
+        buckets = spark.range(0, extract.buckets, 1, numPartitions=extract.buckets)
+        rows = buckets.mapInArrow(_embed_buckets(plan), spark_schema(_MARKER_ROW))
+        with _MarkerProgress(store, plan.run_id, extract.users, reporter), spark_errors():
+            found = rows.collect()
+        markers = sorted((BucketMarker(**row.asDict()) for row in found), key=lambda marker: marker.bucket)
+        stage.rows_out = sum(marker.rows for marker in markers)
+    return markers
+
+
+def _limit_threads() -> None:
+    """Gives a Python worker the cores of its task: more would fight with the other tasks of the host."""
+    import torch
+
+    torch.set_num_threads(max(1, int(os.environ.get("INSTRUCTUE_TORCH_THREADS", "1"))))
+
+
+class _Ticker:
+    """Calls `tick` twice a second on a thread while a Spark action blocks the driver."""
+
+    def __enter__(self) -> None:
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._done.wait(0.5):
+            self.tick()
+
+    def tick(self) -> None:
+        """Looks once; overridden."""
+
+
+class _MarkerProgress(_Ticker):
+    """Counts the users of finished buckets by their markers."""
+
+    def __init__(self, store: OutputStore, run_id: str, users: int, reporter: Reporter) -> None:
+        self._store, self._run_id, self._users, self._reporter = store, run_id, users, reporter
+        self._rows: dict[str, int] = {}
+
+    def tick(self) -> None:
+        """Reads the markers that are new."""
+        for name in self._store.names("runs", self._run_id):
+            is_new = name.startswith("bucket=") and name not in self._rows
+            if is_new and self._store.exists("runs", self._run_id, name, "marker.json"):
+                self._rows[name] = int(self._store.read_json("runs", self._run_id, name, "marker.json")["rows"])
+                self._reporter.progress("embed", sum(self._rows.values()), self._users)
+
+
+class _TaskProgress(_Ticker):
+    """Estimates progress by the finished tasks of the running Spark stage."""
+
+    def __init__(self, spark: SparkSession, name: str, rows: int, reporter: Reporter) -> None:
+        self._tracker, self._name, self._rows, self._reporter = spark.sparkContext.statusTracker(), name, rows, reporter
+
+    def tick(self) -> None:
+        """Looks at the newest active stage."""
+        for stage_id in sorted(self._tracker.getActiveStageIds(), reverse=True)[:1]:
+            info = self._tracker.getStageInfo(stage_id)
+            if info is not None and info.numTasks:
+                done = self._rows * info.numCompletedTasks // info.numTasks
+                self._reporter.progress(self._name, done, self._rows)

@@ -1,0 +1,76 @@
+"""Progress of a job as JSON lines, for the command line that started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from instructue_feast.errors import InstructueError
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stage in progress; the job fills in the rows."""
+
+    name: str
+    rows_in: int = 0
+    rows_out: int = 0
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Writes one JSON object per line: `stage_started`, `progress`, `stage_done`, `result`, `error`.
+
+    Args:
+        stream: Where to; the job's standard output by default. `None` keeps silent.
+    """
+
+    stream: TextIO | None = field(default_factory=lambda: sys.stdout)
+
+    def emit(self, event: str, **values: Any) -> None:
+        """Writes one event."""
+        if self.stream is not None:
+            self.stream.write(json.dumps({"event": event, **values}) + "\n")
+            self.stream.flush()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Times a stage and reports its rows when it ends without an error."""
+        self.emit("stage_started", name=name)
+        started = time.monotonic()
+        stage = Stage(name)
+        yield stage
+        seconds = round(time.monotonic() - started, 3)
+        self.emit("stage_done", name=name, seconds=seconds, rows_in=stage.rows_in, rows_out=stage.rows_out)
+
+    def progress(self, name: str, done: int, total: int, **values: Any) -> None:
+        """Reports how far a stage is."""
+        self.emit("progress", name=name, done=done, total=total, **values)
+
+    def error(self, error: InstructueError) -> None:
+        """Reports an error the user can mend."""
+        self.emit("error", type=type(error).__name__, message=error.message, hint=error.hint)
+
+
+def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
+    """Runs a job as a process: its result or its error becomes the last line, and the exit code.
+
+    Anything that might write to standard output by accident (the JVM, a library) is sent to standard error, so that the
+    lines stay JSON.
+    """
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    reporter = Reporter(stream)
+    try:
+        result = job(reporter)
+    except InstructueError as error:
+        reporter.error(error)
+        return error.exit_code
+    reporter.emit("result", value=result)
+    return 0

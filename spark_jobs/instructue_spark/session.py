@@ -1,0 +1,116 @@
+"""The Spark session every job runs in, with the settings its results depend on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from instructue_feast.errors import MissingDependencyError
+
+MIN_JAVA = 17
+
+_SETTINGS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    "spark.sql.ansi.enabled": "true",
+    # True would turn a truncated file into zero rows.
+    "spark.sql.files.ignoreCorruptFiles": "false",
+    "spark.sql.files.ignoreMissingFiles": "false",
+    # Lets the per-user join reuse the one shuffle by bucket instead of shuffling packed users again.
+    "spark.sql.requireAllClusterKeysForCoPartition": "false",
+}
+
+
+def get_session(app_name: str, *, cores: int | None = None, driver_memory: str = "2g") -> SparkSession:
+    """Returns the session a job runs in.
+
+    An active session, or a master given by `spark-submit`, `PYSPARK_SUBMIT_ARGS` or `spark-defaults.conf`, is used as it
+    is. Otherwise a local one is started.
+
+    Args:
+        app_name: Name shown by Spark.
+        cores: Cores of a local session; all of the machine when left out.
+        driver_memory: Heap of a local session, for example `2g`.
+
+    Raises:
+        MissingDependencyError: A local session is needed and there is no Java of version 17 or newer.
+
+    Example:
+        >>> spark = get_session("extract", cores=2)  # doctest: +SKIP
+    """
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return settle(active)
+    builder = SparkSession.builder.appName(app_name)
+    if _master_is_configured():
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    else:
+        require_java()
+        # Forced, not defaulted: on a local master another interpreter lacks this package.
+        os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+        cores = cores or os.cpu_count() or 1
+        builder = (
+            builder.master(f"local[{cores}]")
+            .config("spark.driver.memory", driver_memory)
+            .config("spark.driver.host", "127.0.0.1")
+            .config("spark.driver.bindAddress", "127.0.0.1")
+            .config("spark.ui.enabled", "false")
+            .config("spark.ui.showConsoleProgress", "false")
+            .config("spark.sql.shuffle.partitions", str(max(4, 2 * cores)))
+        )
+    return settle(builder.getOrCreate())
+
+
+def settle(spark: SparkSession) -> SparkSession:
+    """Gives a session the SQL settings that our results depend on, and returns it."""
+    for key, value in _SETTINGS.items():
+        spark.conf.set(key, value)
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def require_java() -> int:
+    """Returns the major version of the Java that Spark will start.
+
+    Raises:
+        MissingDependencyError: There is none, or it is older than 17.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=str(Path(home) / "bin")) if home else shutil.which("java")
+    hint = f"install a Java {MIN_JAVA} or newer runtime (Debian: apt-get install openjdk-17-jre-headless)"
+    if java is None:
+        place = f"below JAVA_HOME={home}" if home else "on the PATH"
+        raise MissingDependencyError(f"Spark needs Java {MIN_JAVA}, and there is no java {place}", hint)
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
+        found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        found = None
+    if found is None:
+        raise MissingDependencyError(f"{java} does not run", hint)
+    version = int(found.group(1))
+    if version < MIN_JAVA:
+        raise MissingDependencyError(f"{java} is Java {version}, Spark needs {MIN_JAVA}", f"{hint}, or set JAVA_HOME")
+    return version
+
+
+def _master_is_configured() -> bool:
+    """Whether somebody else decides where Spark runs."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ:  # started by spark-submit or Connect
+        return True
+    if re.search(r"--master\b|spark\.master=", os.environ.get("PYSPARK_SUBMIT_ARGS", "")):
+        return True
+    folder = os.environ.get("SPARK_CONF_DIR")
+    defaults = Path(folder, "spark-defaults.conf") if folder else None
+    return bool(
+        defaults
+        and defaults.is_file()
+        and re.search(r"^\s*spark\.master[\s=]", defaults.read_text(encoding="utf-8"), re.MULTILINE)
+    )
