@@ -291,7 +291,9 @@ class InstructueConfig:
             for key in ("table", "allow_empty", "encoder"):
                 settings.pop(key)
             sources.append([name, settings])
-        text = json.dumps({"sources": sources, "history": dataclasses.asdict(self.history)}, sort_keys=True, default=str)
+        text = json.dumps(
+            {"sources": sources, "history": dataclasses.asdict(self.history)}, sort_keys=True, default=str
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -331,7 +333,8 @@ def load_config(path: str | Path) -> InstructueConfig:
 _ADAPTER: TypeAdapter[InstructueConfig] = TypeAdapter(InstructueConfig)
 _CLASSES: dict[str, type] = {
     "table": TableConfig, "users": UsersConfig, "history": HistoryConfig, "instructions": InstructionConfig,
-    "events": EventSourceConfig, "tabular": TabularSourceConfig, "model": ModelSettings, "output": OutputConfig, "feast": FeastConfig,
+    "events": EventSourceConfig, "tabular": TabularSourceConfig, "model": ModelSettings, "output": OutputConfig,
+    "feast": FeastConfig,
 }  # fmt: skip
 
 

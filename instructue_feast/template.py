@@ -6,6 +6,7 @@ A template is parsed once into literals and fields. Spark compiles the same part
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -69,7 +70,8 @@ def _field(template: str, body: str) -> Field:
     column, *filters = (piece.strip() for piece in body.split("|"))
     if not column:
         raise ConfigError(f"empty column name in template {template!r}", "write columns as {column}")
-    lower, edges = False, ()
+    lower = False
+    edges: tuple[float, ...] = ()
     for one in filters:
         if one == "lower":
             lower = True
@@ -85,7 +87,7 @@ def _edges(template: str, text: str) -> tuple[float, ...]:
         edges = tuple(float(edge) for edge in text.split(","))
     except ValueError:
         edges = ()
-    if not edges or any(a >= b for a, b in zip(edges, edges[1:], strict=False)) or any(e - e != 0 for e in edges):
+    if not edges or any(a >= b for a, b in itertools.pairwise(edges)) or any(e - e != 0 for e in edges):
         raise ConfigError(f"bucket edges {text!r} in template {template!r}", "give ascending numbers: bucket:1,2,5")
     return edges
 
@@ -97,5 +99,5 @@ def bucket_labels(edges: tuple[float, ...]) -> tuple[str, ...]:
     ('under 1', '1-2.5', '2.5+')
     """
     names = [f"{edge:g}" for edge in edges]
-    middle = [f"{low}-{high}" for low, high in zip(names, names[1:], strict=False)]
+    middle = [f"{low}-{high}" for low, high in itertools.pairwise(names)]
     return (f"under {names[0]}", *middle, f"{names[-1]}+")

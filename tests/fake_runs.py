@@ -14,7 +14,7 @@ from instructue_feast.instructions import Instruction
 from instructue_feast.runs.audit import combine_digests
 from instructue_feast.runs.manifest import RunInstruction, RunManifest, new_id, parse_as_of
 from instructue_feast.runs.store import OutputStore
-from instructue_feast.runs.writer import finish_run, write_bucket
+from instructue_feast.runs.writer import finish_run, finished_buckets, write_bucket
 from instructue_feast.schema import embeddings_schema
 
 INSTRUCTIONS = ("churn", "next_basket", "taste")
@@ -69,8 +69,6 @@ def bucket_table(
 
 def fake_manifest(store: OutputStore, run_id: str, as_of: str, **changes: object) -> RunManifest:
     """A manifest for the buckets that are on disk, with any field changed."""
-    from instructue_feast.runs.writer import finished_buckets
-
     markers = finished_buckets(store, run_id)
     values: dict[str, object] = {
         "run_id": run_id, "project": "tests", "as_of": parse_as_of(as_of).isoformat(),
@@ -125,12 +123,27 @@ def write_fake_run(
     return run_id
 
 
-def write_feast_repo(folder: Path, *, instructions: Sequence[str] = INSTRUCTIONS, ttl_days: int = 0) -> OutputStore:
-    """Makes a Feast repo with the project's own two files and a small `instructue.yaml`; returns its output store."""
-    source = Path(__file__).parents[1] / "feature_repo"
+REPO_FILES = ("feature_store.yaml", "definitions.py", ".feastignore", "instructue.yaml")
+
+
+def write_feast_repo(
+    folder: Path, *, instructions: Sequence[str] = INSTRUCTIONS, ttl_days: int = 0, files: Sequence[str] = REPO_FILES
+) -> OutputStore:
+    """Makes a Feast repo of the project's own files and a small `instructue.yaml`; returns its output store."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("feature_store.yaml", "definitions.py", ".feastignore"):
-        (folder / name).write_text((source / name).read_text())
     listed = "\n".join(f'  - {{id: {name}, text: "What about {name}?"}}' for name in instructions)
-    (folder / "instructue.yaml").write_text(CONFIG % (listed, "data/output", ttl_days))
+    for name in files:
+        source = Path(__file__).parents[1] / "feature_repo" / name
+        text = CONFIG % (listed, "data/output", ttl_days) if name == "instructue.yaml" else source.read_text()
+        (folder / name).write_text(text)
     return OutputStore(str(folder / "data" / "output"))
+
+
+def use_redis(repo: Path, address: str, project: str) -> None:
+    """Points a repo at Redis; each test has its own Feast project there."""
+    file = repo / "feature_store.yaml"
+    text = file.read_text()
+    sqlite = "type: sqlite\n  path: data/online.db"
+    assert sqlite in text
+    text = text.replace(sqlite, f"type: redis\n  connection_string: {address}")
+    file.write_text(text.replace("project: instructue", f"project: {project}"))

@@ -62,7 +62,11 @@ def test_urls_stay_urls(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("user_id: customer\n    time", "user_idd: customer\n    time", r"unknown key `sources.bill.user_idd`.*did you mean user_id"),
+        (
+            "user_id: customer\n    time",
+            "user_idd: customer\n    time",
+            r"unknown key `sources.bill.user_idd`.*did you mean user_id",
+        ),
         ("max_texts: 8", "max_text: 8", r"unknown key `sources.bill.max_text`.*did you mean max_texts"),
         ("format: orc", "fmt: orc", r"unknown key `sources.bill.table.fmt`.*These exist: \[catalog, format"),
         ("embedding_dim", "embeding_dim", r"unknown key `model.embeding_dim`.*did you mean embedding_dim"),

@@ -59,7 +59,9 @@ def make_tiny_llm(folder: str | Path, *, family: str = "llama", seed: int = 0) -
     return str(folder)
 
 
-def make_tiny_encoder(folder: str | Path, *, dim: int = ENCODER_DIM, pooling: str | None = "mean", seed: int = 0) -> str:
+def make_tiny_encoder(
+    folder: str | Path, *, dim: int = ENCODER_DIM, pooling: str | None = "mean", seed: int = 0
+) -> str:
     """Saves a tiny BERT; `pooling` is `mean` or `cls` in the way of sentence-transformers, `None` for a plain BERT."""
     tokenizer = _encoder_tokenizer()
     with torch.random.fork_rng():

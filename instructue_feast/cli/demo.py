@@ -24,7 +24,7 @@ def demo(
     households: Annotated[int, typer.Option(min=3, help="Households to embed.")] = 500,
     as_json: JsonOption = False,
 ) -> None:
-    """Purchases in, user embeddings out of the online store, on The Complete Journey; writes report.html and report.json.
+    """Purchases in, user embeddings out of the online store, on The Complete Journey; writes a report.
 
     Example: [bold]instructue demo --out build/demo --households 500[/]
     """
@@ -53,7 +53,7 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
 
         def data() -> tuple[int, int]:
             summary = write_complete_journey(folder, households=households)
-            return summary.rows_read, sum(summary.rows.values())
+            return summary.users, sum(summary.rows.values())
 
         stages.append(display.timed("data", data))
     job = run_backfill_job(str(folder / "instructue.yaml"), AS_OF, quiet=quiet)
@@ -109,7 +109,7 @@ def _users(folder: Path, run_id: str) -> list[str]:
     from instructue_feast.runs.store import OutputStore
 
     store = OutputStore(load_config(folder / "instructue.yaml").output.path)
-    return [str(user) for user in read_run(store, run_id, columns=["user_id"]).column("user_id").to_pylist()]
+    return [str(user) for user in read_run(store, run_id, columns=[]).column("user_id").to_pylist()]
 
 
 def _measure_lookup(embeddings: Any, users: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo's `report.html`: stages, one user's history as the model sees it, a map of users per instruction, neighbours."""
+"""The demo's `report.html`: stages, a user's history as the model sees it, maps of users by instruction, neighbours."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
         user=history.user_ids[example],
         sections=_sections(config, history, example, texts),
         scatters=[(one, _scatter(vectors[one["id"]], users, top)) for one in run["instructions"]],
-        neighbours=[(one, _neighbours(vectors[one["id"]], users, history.user_ids[example], top)) for one in run["instructions"]],
+        neighbours=[
+            (one, _neighbours(vectors[one["id"]], users, history.user_ids[example], top)) for one in run["instructions"]
+        ],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return {"user": history.user_ids[example], "parity": parity}
@@ -99,9 +101,7 @@ def _favourite(history: PackedHistory, texts: dict[int, str]) -> dict[str, str]:
     for row, user in enumerate(history.user_ids):
         span = slice(int(history.offsets[row]), int(history.offsets[row + 1]))
         first = history.source_index[span] == 0
-        heads = Counter(
-            texts[int(text)].split(":")[0] for text in history.text_id[span][first]
-        )
+        heads = Counter(texts[int(text)].split(":")[0] for text in history.text_id[span][first])
         favourite[user] = heads.most_common(1)[0][0] if heads else "nothing"
     return favourite
 
@@ -110,7 +110,10 @@ def _sections(
     config: InstructueConfig, history: PackedHistory, row: int, texts: dict[int, str]
 ) -> list[dict[str, Any]]:
     """The user's prompt, source by source: texts with how often and how long ago, newest first."""
-    counts = ("once", *(_range(low, high, "×") for low, high in zip(COUNT_EDGES, (*COUNT_EDGES[1:], None), strict=True)))
+    counts = (
+        "once",
+        *(_range(low, high, "×") for low, high in zip(COUNT_EDGES, (*COUNT_EDGES[1:], None), strict=True)),
+    )
     ages = bucket_labels(tuple(float(edge) for edge in AGE_EDGES_DAYS))
     span = slice(int(history.offsets[row]), int(history.offsets[row + 1]))
     sections = []

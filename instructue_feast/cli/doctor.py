@@ -110,7 +110,9 @@ def _models() -> Finding:
 
     absent = [name for name in BUNDLED if not is_ready(name)]
     if absent:
-        return Finding("default models", "warning", f"not yet converted: {', '.join(absent)}", "instructue models fetch")
+        return Finding(
+            "default models", "warning", f"not yet converted: {', '.join(absent)}", "instructue models fetch"
+        )
     return Finding("default models", "ok", ", ".join(BUNDLED))
 
 

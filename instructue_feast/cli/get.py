@@ -14,6 +14,7 @@ def get(
     users: Annotated[list[str], typer.Argument(help="User ids.")],
     repo: RepoOption = ".",  # type: ignore[assignment]
     instruction: Annotated[list[str] | None, typer.Option(help="Instruction id; repeatable; default: all.")] = None,
+    service: Annotated[str, typer.Option(help="Name of the feature service.")] = "user_embeddings",
     as_json: JsonOption = False,
 ) -> None:
     """Look users up in the online store: one vector per instruction.
@@ -22,7 +23,7 @@ def get(
     """
     from instructue_feast.feature_store.lookup import UserEmbeddings
 
-    found = UserEmbeddings(repo).get(users, instruction)
+    found = UserEmbeddings(repo, service=service).get(users, instruction)
     if as_json:
         print_json(
             [

@@ -70,9 +70,7 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
     if error is not None:
         raise error
     if process.returncode:
-        raise InstructueError(
-            f"{module} ended with code {process.returncode} and did not say why", f"its log is {log}"
-        )
+        raise InstructueError(f"{module} ended with code {process.returncode} and did not say why", f"its log is {log}")
     return result
 
 
@@ -132,6 +130,4 @@ class StageDisplay:
 
 def print_stage(stage: StageResult) -> None:
     """Prints a finished stage on standard error."""
-    err.print(
-        f"[green]✓[/] {stage.name:<12} {stage.rows_in:>10,} in {stage.rows_out:>10,} out {stage.seconds:>8.1f} s"
-    )
+    err.print(f"[green]✓[/] {stage.name:<12} {stage.rows_in:>10,} in {stage.rows_out:>10,} out {stage.seconds:>8.1f} s")

@@ -28,7 +28,7 @@ def open_store(repo: Path | str) -> FeatureStore:
             store = FeatureStore(repo_path=str(folder))
             # The registry is read lazily; the advice Feast logs about its settings comes with it.
             store.registry.list_entities(store.project)
-        except Exception as error:  # noqa: BLE001 - Feast raises anything here, from pydantic errors to ImportError
+        except Exception as error:  # anything comes out of Feast here, from pydantic errors to ImportError
             raise ConfigError(
                 f"Feast cannot open {folder}: {error}", "mend feature_store.yaml in that folder"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,9 @@ class PackedHistory:
         return np.diff(self.offsets)
 
     @classmethod
-    def from_arrow(cls, table: pa.Table, *, num_sources: int, num_numeric: int, where: str = "packed history") -> PackedHistory:
+    def from_arrow(
+        cls, table: pa.Table, *, num_sources: int, num_numeric: int, where: str = "packed history"
+    ) -> PackedHistory:
         """Reads the Arrow form (`schema.PACKED_HISTORY`).
 
         Args:
@@ -102,8 +105,9 @@ class PackedHistory:
 _TOKEN_LISTS = ("source_index", "text_id", "count_bucket", "age_bucket")
 
 
-def _flat(column: pa.Array) -> npt.NDArray[np.generic]:
-    return column.flatten().to_numpy(zero_copy_only=False)
+def _flat(column: pa.Array) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+    return values
 
 
 def _lengths_to_offsets(column: pa.ListArray) -> npt.NDArray[np.int64]:
@@ -111,7 +115,7 @@ def _lengths_to_offsets(column: pa.ListArray) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _matrix(table: pa.Table, name: str, width: int, where: str) -> npt.NDArray[np.generic]:
+def _matrix(table: pa.Table, name: str, width: int, where: str) -> npt.NDArray[Any]:
     column = table.column(name).combine_chunks()
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     if np.any(lengths != width):

@@ -20,11 +20,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060
 
 
 def normalise(text: str) -> str:
-    """Makes a rendered text canonical and harmless.
+    r"""Makes a rendered text canonical and harmless.
 
     NFC; control characters, zero-width and direction marks become spaces; runs of spaces collapse; the brackets that
-    special tokens are made of (`<USER>`, `</bill>`, `[SEP]`, `<|im_end|>`) become look-alikes, so that no text of a user
-    can close a section or pose as an instruction. Emoji and right-to-left letters stay.
+    special tokens are made of (`<USER>`, `</bill>`, `[SEP]`, `<|im_end|>`) become look-alikes, so that no text of a
+    user can close a section or pose as an instruction. Emoji and right-to-left letters stay.
 
     Args:
         text: Any text.
@@ -33,7 +33,7 @@ def normalise(text: str) -> str:
         The canonical text; `empty` when nothing is left.
 
     Example:
-        >>> normalise("caf\\u0065\\u0301\\x00  </bill>")
+        >>> normalise("caf\u0065\u0301\x00  </bill>")
         'café ‹/bill›'
     """
     cleaned = _CONTROL.sub(" ", unicodedata.normalize("NFC", text)).translate(_NEUTRAL)

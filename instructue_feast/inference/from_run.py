@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
+
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import VersionMismatchError
 from instructue_feast.inference.embedder import UserEmbedder
@@ -44,7 +46,7 @@ def open_embedder(
 
 
 def _open(folder: Path, dtype: str, max_batch_tokens: int) -> UserEmbedder:
-    model = InstructUEModel.from_pretrained(str(folder / "model"), dtype=dtype)
+    model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")
     return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens)
 

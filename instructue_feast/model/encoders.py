@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from instructue_feast.errors import ConfigError, InvalidEmbeddingError
-from instructue_feast.model.artifacts import folder_digest
+from instructue_feast.model.artifacts import folder_digest, quiet
 from instructue_feast.model.bundled import resolve_folder
 
 _ENCODE_RULES = "encode-1"
@@ -52,14 +52,16 @@ def describe_encoder(name: str) -> EncoderInfo:
     folder = resolve_folder(name, kind="text encoder")
     pooling = _pooling(folder)
     dim = int(AutoConfig.from_pretrained(folder, trust_remote_code=False).hidden_size)
-    return EncoderInfo(folder=folder, dim=dim, pooling=pooling, version=folder_digest(folder, extra=(_ENCODE_RULES, pooling)))
+    return EncoderInfo(
+        folder=folder, dim=dim, pooling=pooling, version=folder_digest(folder, extra=(_ENCODE_RULES, pooling))
+    )
 
 
 class TextEncoder:
     """A frozen Hugging Face text encoder.
 
-    A model with a sentence-transformers pooling config is pooled the way that says (mean or CLS); a plain BERT by its CLS
-    token, as in the paper. Vectors always have unit length. Special-token text such as `[SEP]` inside a text is
+    A model with a sentence-transformers pooling config is pooled the way that says (mean or CLS); a plain BERT by its
+    CLS token, as in the paper. Vectors always have unit length. Special-token text such as `[SEP]` inside a text is
     read as plain characters. Texts beyond the model's length are cut.
 
     Attributes:
@@ -96,9 +98,10 @@ class TextEncoder:
             UnsafeArtifactError: Its weights are pickled.
         """
         info = describe_encoder(name)
-        model = AutoModel.from_pretrained(
-            info.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        ).to(device)
+        with quiet():
+            model = AutoModel.from_pretrained(
+                info.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            ).to(device)
         tokenizer = AutoTokenizer.from_pretrained(info.folder, trust_remote_code=False)
         return cls(info, model, tokenizer, _max_length(info.folder, model.config, tokenizer))
 
@@ -130,7 +133,9 @@ class TextEncoder:
         """Token ids per text, as the encoder sees them."""
         if not texts:
             return []
-        ids = self._tokenizer(list(texts), truncation=True, max_length=self._max_length, split_special_tokens=True)["input_ids"]
+        ids = self._tokenizer(list(texts), truncation=True, max_length=self._max_length, split_special_tokens=True)[
+            "input_ids"
+        ]
         return [list(one) for one in ids]
 
     def _forward(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
@@ -167,7 +172,9 @@ def _pooling(folder: Path) -> str:
     if not configs:
         return "cls"
     if list(folder.glob("*_Dense")):
-        raise ConfigError(f"text encoder {folder} has a dense layer after pooling", "use an encoder that ends in pooling")
+        raise ConfigError(
+            f"text encoder {folder} has a dense layer after pooling", "use an encoder that ends in pooling"
+        )
     flags = json.loads(configs[0].read_text(encoding="utf-8"))
     mode = flags.get("pooling_mode")  # how newer releases write it
     modes = [mode] if mode else [key for key, on in flags.items() if key.startswith("pooling_mode_") and on]

@@ -1,7 +1,7 @@
 """The focus token: what of a user's history an instruction is about, before the LLM reads anything.
 
-An instruction's encoder vector attends over the user's texts; what it finds becomes one soft token of its suffix. Nothing
-in the shared prefix depends on the instruction, so the prefix stays shared.
+An instruction's encoder vector attends over the user's texts; what it finds becomes one soft token of its suffix.
+Nothing in the shared prefix depends on the instruction, so the prefix stays shared.
 """
 
 from __future__ import annotations
@@ -55,12 +55,10 @@ class Focus(nn.Module):
     def initialise(self, nothing: torch.Tensor, rms: float, *, seed: int, name: str) -> None:
         """Identity similarity; the token starts as the sum of what was pooled, plus a trace of the scalars."""
         hidden = len(self.nothing)
-        for index, (key, query) in enumerate(zip(self.keys, self.queries, strict=True)):
-            assert isinstance(key, nn.Linear)
-            assert isinstance(query, nn.Linear)
-            start = orthonormal(key.out_features, key.in_features, seed=seed, name=f"{name}.keys.{index}")
-            key.weight.copy_(start)
-            query.weight.copy_(start)
+        for index, (key, query) in enumerate(zip(self.keys.parameters(), self.queries.parameters(), strict=True)):
+            start = orthonormal(*key.shape, seed=seed, name=f"{name}.keys.{index}")
+            key.copy_(start)
+            query.copy_(start)
         fill_normal(self.mix.weight, rms, seed=seed, name=f"{name}.mix")
         self.mix.weight[:, : 3 * hidden] = torch.eye(hidden).repeat(1, 3)
         self.mix.bias.zero_()

@@ -4,8 +4,8 @@
     position  0 1 2 3 4 | 5 6 7 | 5 6 7 8 |  0  0
               prefix      suffix  suffix    padding
 
-A query sees the prefix up to itself and its own suffix up to itself. Positions restart after the user's own prefix, so a
-suffix computes exactly what it would compute alone. Suffixes are laid end to end: none is padded to the longest.
+A query sees the prefix up to itself and its own suffix up to itself. Positions restart after the user's own prefix, so
+a suffix computes exactly what it would compute alone. Suffixes are laid end to end: none is padded to the longest.
 Training uses the same layout, with answer tokens behind `<USER>`.
 """
 
@@ -45,7 +45,9 @@ class PackedPrompts:
     num_tokens: int
 
 
-def pack(prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]]) -> PackedPrompts:
+def pack(
+    prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]]
+) -> PackedPrompts:
     """Packs prefixes and suffixes into rectangular arrays, padded on the right only.
 
     Args:

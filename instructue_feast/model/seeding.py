@@ -24,8 +24,9 @@ def fill_normal(parameter: torch.Tensor, std: float, *, seed: int, name: str) ->
 
 
 def orthonormal(rows: int, columns: int, *, seed: int, name: str) -> torch.Tensor:
-    """`[rows, columns]` that keeps cosines: the identity (padded with zeros) where it fits, else random orthonormal rows."""
+    """`[rows, columns]` that keeps cosines: the identity where it fits, padded with zeros, else orthonormal rows."""
     if rows >= columns:
         return torch.eye(rows, columns)
     square = torch.randn(columns, rows, generator=generator(seed, name), dtype=torch.float64)
-    return torch.linalg.qr(square).Q.T.float().contiguous()
+    basis: torch.Tensor = torch.linalg.qr(square).Q
+    return basis.T.float().contiguous()

@@ -12,16 +12,24 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from instructue_feast.errors import ConfigError, PublishConflictError, SchemaError, StorageError, VersionMismatchError
+from instructue_feast.errors import (
+    ConfigError,
+    InstructueError,
+    PublishConflictError,
+    SchemaError,
+    StorageError,
+    VersionMismatchError,
+)
 from instructue_feast.runs.manifest import RunInstruction, RunManifest
 from instructue_feast.runs.reader import run_manifest, verify_bucket
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import bucket_folder
 
 POINTER = "published.json"
 
@@ -131,6 +139,8 @@ def publish(
         VersionMismatchError: Two embedding versions would share a view name.
         PublishConflictError: Another publisher was faster, or `expected` is not current.
     """
+    if keep_runs < 1:
+        raise ConfigError(f"cannot keep {keep_runs} runs", "keep at least one")
     before = current_publication(store)
     if expected is not ANY and expected != (before and before.id):
         raise _conflict(before, f"{expected!r} is not the current publication")
@@ -152,20 +162,12 @@ def publish(
     )
     try:
         for view in publication.views:
-            for run in view.runs:
-                _place(store, before, publication, view, run, manifest)
+            _fill(store, before, publication.id, view, manifest)
         document = dataclasses.asdict(publication)
         store.write_json(document, "published", publication.id, "publication.json")
-        with _pointer_lock(store):
-            latest = current_publication(store)
-            if (latest and latest.id) != (before and before.id):
-                raise _conflict(latest, "another publisher was faster")
-            store.write_json(document, POINTER)
+        _move_pointer(store, before, document)
     except BaseException:
-        if store.is_local:
-            shutil.rmtree(store.path("published", publication.id), ignore_errors=True)
-        else:
-            store.remove("published", publication.id)
+        _discard(store, publication.id)
         raise
     return publication
 
@@ -214,7 +216,7 @@ def _extended(known: PublishedView | None, one: RunInstruction, manifest: RunMan
         raise VersionMismatchError(
             f"view {one.view} stands for embedding version {known.embedding_version}, run {manifest.run_id} has "
             f"{one.embedding_version}",
-            "the first eight digits agree by accident; change the instruction's text slightly and run the backfill again",
+            "the first eight digits agree by accident; reword the instruction and run the backfill again",
         )
     run = PublishedRun(
         run_id=manifest.run_id,
@@ -245,54 +247,76 @@ def _extended(known: PublishedView | None, one: RunInstruction, manifest: RunMan
     )
 
 
-def _place(
-    store: OutputStore,
-    before: Publication | None,
-    publication: Publication,
-    view: PublishedView,
-    run: PublishedRun,
-    manifest: RunManifest,
+def _fill(
+    store: OutputStore, before: Publication | None, publication_id: str, view: PublishedView, manifest: RunManifest
 ) -> None:
-    """Links a run's files into a view's folder: the new run from its own folder, the rest from the publication before.
+    """Links the files of a view's runs into its folder.
 
-    Taking the rest from there means that a run's folder may be deleted once it is published.
+    Those of the new run come from the run's own folder, the rest from the publication before: a run's folder may be
+    deleted once it is published.
     """
-    folder = ("published", publication.id, view.name)
-    if run.run_id == manifest.run_id and view.name in {one.view for one in manifest.instructions}:
-        for marker in manifest.buckets:
-            if marker.rows:
-                source = store.path("runs", run.run_id, f"bucket={marker.bucket:05d}", "part.parquet")
-                _link(store, source, *folder, f"{run.run_id}-{marker.bucket:05d}.parquet")
-        return
-    assert before is not None  # noqa: S101 - only the new run has no publication behind it
-    old = ("published", before.id, view.name)
-    names = [name for name in store.names(*old) if name.rpartition("-")[0] == run.run_id]
-    if len(names) != run.files:
-        raise StorageError(
-            f"publication {before.id} has {len(names)} files of run {run.run_id} in view {view.name}, not {run.files}",
-            f"restore {store.url(*old)}, or move {POINTER} away and publish the runs again",
-        )
-    for name in names:
-        _link(store, store.path(*old, name), *folder, name)
-
-
-def _link(store: OutputStore, source: str, *parts: str) -> None:
-    target = store.path(*parts)
+    folder = ("published", publication_id, view.name)
+    old = ("published", before.id, view.name) if before else ()
+    published: dict[str, list[str]] = {}
+    for name in store.names(*old) if old else ():
+        published.setdefault(name.rpartition("-")[0], []).append(name)
+    is_ours = view.name in {one.view for one in manifest.instructions}
+    links = []
+    for run in view.runs:
+        if is_ours and run.run_id == manifest.run_id:
+            links += [
+                (
+                    store.path("runs", run.run_id, bucket_folder(marker.bucket), "part.parquet"),
+                    f"{run.run_id}-{marker.bucket:05d}.parquet",
+                )
+                for marker in manifest.buckets
+                if marker.rows
+            ]
+            continue
+        names = published.get(run.run_id, [])
+        if len(names) != run.files:
+            raise StorageError(
+                f"{store.url(*old)} has {len(names)} files of run {run.run_id}, not {run.files}",
+                f"restore that folder, or move {POINTER} away and publish the runs again",
+            )
+        links += [(store.path(*old, name), name) for name in names]
     try:
-        store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        if not store.is_local:
-            store.fs.cp_file(source, target)
-            return
-        try:
-            os.link(source, target)
-        except FileNotFoundError:
-            raise
-        except OSError:  # no hard links here, or too many of this file
-            shutil.copyfile(source, target)
+        store.fs.makedirs(store.path(*folder), exist_ok=True)
+        for source, name in links:
+            _link(store, source, store.path(*folder, name))
     except OSError as error:
         raise StorageError(
-            f"cannot write {store.url(*parts)}: {error.strerror or error}", "free disk space or mend the rights"
+            f"cannot write {store.url(*folder)}: {error.strerror or error}", "free disk space or mend the rights"
         ) from None
+
+
+def _link(store: OutputStore, source: str, target: str) -> None:
+    if not store.is_local:
+        store.fs.cp_file(source, target)
+        return
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no hard links here, or too many of this file
+        shutil.copyfile(source, target)
+
+
+def _move_pointer(store: OutputStore, before: Publication | None, document: dict[str, Any]) -> None:
+    """Compares and swaps: raises `PublishConflictError` if the pointer no longer names `before`."""
+    with _pointer_lock(store):
+        latest = current_publication(store)
+        if (latest and latest.id) != (before and before.id):
+            raise _conflict(latest, "another publisher was faster")
+        store.write_json(document, POINTER)
+
+
+def _discard(store: OutputStore, publication_id: str) -> None:
+    """Removes the folder of a publication that failed, unless an interrupt came just after the pointer moved."""
+    with suppress(InstructueError, OSError):
+        latest = current_publication(store)
+        if latest is None or latest.id != publication_id:
+            store.remove("published", publication_id)
 
 
 @contextmanager

@@ -68,7 +68,9 @@ class OutputStore:
             with self.fs.open(self.path(*parts), "rb") as stream:
                 return dict(json.load(stream))
         except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read {self.url(*parts)}: {type(error).__name__}", "is the job that writes it done?") from None
+            raise StorageError(
+                f"cannot read {self.url(*parts)}: {type(error).__name__}", "is the job that writes it done?"
+            ) from None
 
     def write_json(self, value: dict[str, Any], *parts: str) -> None:
         """Writes a JSON document so that a reader sees the old one or the new one, never half of it."""
@@ -89,7 +91,9 @@ class OutputStore:
             finally:
                 Path(scratch).unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot write {self.url(*parts)}: {error.strerror}", "free disk space or mend the rights") from None
+            raise StorageError(
+                f"cannot write {self.url(*parts)}: {error.strerror}", "free disk space or mend the rights"
+            ) from None
 
     def claim(self, owner: dict[str, Any], *parts: str) -> None:
         """Creates a document that must not exist yet; exactly one of two concurrent callers succeeds locally.
@@ -104,8 +108,6 @@ class OutputStore:
             if self.is_local:
                 with Path(target).open("xb") as stream:
                     stream.write(data)
-            elif self.fs.exists(target):
-                raise FileExistsError
             else:
                 self.fs.pipe_file(target, data, mode="create")
         except FileExistsError:
@@ -114,7 +116,9 @@ class OutputStore:
                 "wait for it, or choose another run id with --run-id",
             ) from None
         except OSError as error:
-            raise StorageError(f"cannot write {self.url(*parts)}: {error.strerror}", "free disk space or mend the rights") from None
+            raise StorageError(
+                f"cannot write {self.url(*parts)}: {error.strerror}", "free disk space or mend the rights"
+            ) from None
 
     def remove(self, *parts: str) -> None:
         """Removes a folder tree, if it is there."""

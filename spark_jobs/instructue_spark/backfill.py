@@ -122,6 +122,7 @@ def _backfill(
         num_sources=len(config.source_names),
         num_numeric=len(config.numeric_columns),
         instructions=tuple((one.id, one.text) for one in instructions),
+        embedding_dim=model.config.embedding_dim,
         dtype=config.model.dtype,
         max_batch_tokens=config.model.max_batch_tokens,
     )
@@ -171,9 +172,7 @@ def _extract(
     if request.extract_id is None:
         return run_extract(spark, request.config, request.as_of, extract_id=run_id, reporter=reporter)
     where = f"extract {request.extract_id}"
-    found = from_json(
-        ExtractManifest, store.read_json("extracts", request.extract_id, "manifest.json"), where
-    )
+    found = from_json(ExtractManifest, store.read_json("extracts", request.extract_id, "manifest.json"), where)
     if found.history_digest != request.config.history_digest() or found.as_of != request.as_of.isoformat():
         raise VersionMismatchError(
             f"{where} was made with as_of {found.as_of} and other settings or another as_of than asked for",

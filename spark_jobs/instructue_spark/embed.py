@@ -7,6 +7,7 @@ worker that made it: the Parquet file first, the marker last, so a finished buck
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -131,7 +132,9 @@ def _encode_missing(
         target = store.url("event_vectors", version[:16], extract_id)
         with _TaskProgress(spark, "encode", missing, reporter), spark_errors():
             vectors.write.mode("overwrite").parquet(target)
-        written = int(ds.dataset(store.path("event_vectors", version[:16], extract_id), filesystem=store.fs).count_rows())
+        written = int(
+            ds.dataset(store.path("event_vectors", version[:16], extract_id), filesystem=store.fs).count_rows()
+        )
         if written != missing:
             store.remove("event_vectors", version[:16], extract_id)
             raise DataError(f"{written} vectors were made of {missing} texts", "run the backfill again")
@@ -167,6 +170,7 @@ class RunPlan:
     num_sources: int
     num_numeric: int
     instructions: tuple[tuple[str, str], ...]
+    embedding_dim: int
     dtype: str
     max_batch_tokens: int
 
@@ -183,21 +187,25 @@ def build_soft_tokens(
         DataError: A text of the phrasebook has no event vector.
     """
     from instructue_feast.inference.soft_tokens import SoftTokenTable
+    from instructue_feast.model.artifacts import local_folder
     from instructue_feast.model.encoders import TextEncoder
 
     phrasebook = ds.dataset(store.path("extracts", extract.extract_id, "phrasebook"), filesystem=store.fs)
     phrases = phrasebook.to_table(columns=["source", "text_id"])
-    text_ids, source_index, vectors = [], [], []
+    text_ids, source_index, vectors = [], [], {}
     for index, name in enumerate(config.source_names):
         wanted = phrases.filter(pc.field("source") == name).column("text_id").combine_chunks()
         version = TextEncoder.load(config.encoder_of(name)).version
         text_ids.append(wanted.to_numpy())
         source_index.append(np.full(len(wanted), index, dtype=np.int32))
-        vectors.append(_aligned_vectors(store, version, wanted))
+        vectors[name] = _aligned_vectors(store, version, wanted)
     table = SoftTokenTable.build(model, np.concatenate(text_ids), np.concatenate(source_index), vectors)
     with tempfile.TemporaryDirectory() as scratch:
         table.save(Path(scratch) / "soft_tokens.safetensors")
-        model.save_pretrained(Path(scratch) / "model")
+        if config.model.path is None:
+            model.save_pretrained(Path(scratch) / "model")
+        else:  # as it was saved: in this process LoRA is merged, which cannot be undone
+            shutil.copytree(local_folder(config.model.path, kind="model"), Path(scratch) / "model")
         store.fs.put(f"{scratch}/", store.path("runs", run_id) + "/", recursive=True)
     return len(phrases)
 
@@ -252,7 +260,7 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
     columns: list[pa.Array] = []
     user_ids: list[str] = []
     as_of: np.ndarray = np.empty(0, dtype=np.int64)
-    vectors = np.empty((0, len(names), embedder.embedding_dim), dtype=np.float32)
+    vectors = np.empty((0, len(names), plan.embedding_dim), dtype=np.float32)
     if store.fs.isdir(folder):
         table = ds.dataset(folder, filesystem=store.fs, format="parquet").to_table().sort_by("user_id")
         history = PackedHistory.from_arrow(
@@ -261,7 +269,7 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
         user_ids, as_of = history.user_ids, history.as_of_us
         instructions = [Instruction(name, text) for name, text in plan.instructions]
         vectors = embedder.encode(history, instructions, on_batch=count)
-    offsets = pa.array(np.arange(0, len(user_ids) * embedder.embedding_dim + 1, embedder.embedding_dim, dtype=np.int32))
+    offsets = pa.array(np.arange(0, len(user_ids) * plan.embedding_dim + 1, plan.embedding_dim, dtype=np.int32))
     for position in range(len(names)):
         flat = np.ascontiguousarray(vectors[:, position]).ravel()
         columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat, pa.float32())))

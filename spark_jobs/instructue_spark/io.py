@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import fsspec
 import pyarrow as pa
-from py4j.protocol import Py4JError, Py4JNetworkError
+from py4j.protocol import Py4JError, Py4JNetworkError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_type
@@ -54,7 +54,9 @@ def read_table(spark: SparkSession, table: TableConfig, what: str = "table") -> 
         if "UNABLE_TO_INFER_SCHEMA" in conditions:
             raise DataError(f"{where} holds no {table.format} file", "is the job that writes it done?") from None
         if conditions & {"DATA_SOURCE_NOT_FOUND", "_LEGACY_ERROR_TEMP_1138"}:
-            raise ConfigError(f"{where}: Spark knows no format {table.format!r}", "try parquet, orc, csv or json") from None
+            raise ConfigError(
+                f"{where}: Spark knows no format {table.format!r}", "try parquet, orc, csv or json"
+            ) from None
         explained = explain_spark_error(error)
         if explained is not None:
             raise type(explained)(f"{where}: {explained.message}", explained.hint) from None
@@ -109,7 +111,9 @@ def spark_errors() -> Iterator[None]:
 
 
 _CONDITION = re.compile(r"\[([A-Z][A-Z0-9_]{3,}(?:\.[A-Z0-9_]+)*)\]")
-_FILE = re.compile(r"(?:reading file|footer for file:?|Could not read footer for file|file)\s*:?\s*\"?((?:\w+:)?/[^\s\"]+)")
+_FILE = re.compile(
+    r"(?:reading file|footer for file:?|Could not read footer for file|file)\s*:?\s*\"?((?:\w+:)?/[^\s\"]+)"
+)
 _OURS = re.compile(r"^instructue_feast\.errors\.(\w+): (.*?)(?:\nHint: (.*?))?$", re.MULTILINE)
 _REWRITE = "write the file again, or restore it from its origin"
 
@@ -137,7 +141,7 @@ def explain_spark_error(error: BaseException) -> InstructueError | None:
     if "TIMESTAMP(NANOS" in text:
         return SchemaError(
             "a timestamp column has nanoseconds, which Spark cannot read",
-            "write it in microseconds, with pandas: to_parquet(..., coerce_timestamps='us', allow_truncated_timestamps=True)",
+            "write it in microseconds, with pandas: to_parquet(..., coerce_timestamps='us')",
         )
     if "PARQUET_TYPE_ILLEGAL" in text or "PARQUET_TYPE_NOT_SUPPORTED" in text:
         return SchemaError("a column has a type Spark cannot read from Parquet", "convert the column")

@@ -31,8 +31,8 @@ _SETTINGS = {
 def get_session(app_name: str, *, cores: int | None = None, driver_memory: str = "2g") -> SparkSession:
     """Returns the session a job runs in.
 
-    An active session, or a master given by `spark-submit`, `PYSPARK_SUBMIT_ARGS` or `spark-defaults.conf`, is used as it
-    is. Otherwise a local one is started.
+    An active session, or a master given by `spark-submit`, `PYSPARK_SUBMIT_ARGS` or `spark-defaults.conf`, is used as
+    it is. Otherwise a local one is started.
 
     Args:
         app_name: Name shown by Spark.

@@ -57,7 +57,9 @@ def test_a_serving_host_needs_neither_spark_nor_transformers():
 
 def test_model_and_inference_need_neither_feast_nor_spark():
     done = python(
-        "import instructue_feast.inference.embedder, instructue_feast.model.factory, instructue_kernels", "feast", "pyspark"
+        "import instructue_feast.inference.embedder, instructue_feast.model.factory, instructue_kernels",
+        "feast",
+        "pyspark",
     )
     assert done.returncode == 0, done.stderr
 

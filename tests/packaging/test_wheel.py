@@ -30,9 +30,6 @@ def test_the_wheel_holds_the_three_packages_with_their_data_files(tmp_path):
     assert "instructue_feast/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     shipped = {name for name in names if name.endswith(".py")}
-    written = {
-        path.relative_to(base).as_posix()
-        for base, package in ((ROOT, "instructue_feast"), (ROOT / "kernels", "instructue_kernels"), (ROOT / "spark_jobs", "instructue_spark"))
-        for path in (base / package).rglob("*.py")
-    }  # fmt: skip
+    folders = (ROOT / "instructue_feast", ROOT / "kernels/instructue_kernels", ROOT / "spark_jobs/instructue_spark")
+    written = {path.relative_to(one.parent).as_posix() for one in folders for path in one.rglob("*.py")}
     assert shipped == written

@@ -1,15 +1,17 @@
 """What counts as a valid embedding, and the digest that proves a file still holds what was written."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fake_runs import bucket_table, unit_vectors, user_names
 
 from instructue_feast.errors import InvalidEmbeddingError, SchemaError
 from instructue_feast.runs.audit import bucket_digest, check_embeddings, check_vectors, combine_digests
 from instructue_feast.runs.manifest import parse_as_of
+from tests.fake_runs import bucket_table, unit_vectors, user_names
 
 AS_OF = parse_as_of("2017-10-01T00:00:00Z")
 USERS = user_names(9)
@@ -80,7 +82,7 @@ def test_the_digest_depends_neither_on_row_order_nor_on_how_the_rows_are_cut(ord
     table = bucket_table(USERS, AS_OF)
     shuffled = table.take(order)
     edges = [0, *sorted(cuts), 9]
-    pieces = [shuffled.slice(low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
+    pieces = [shuffled.slice(low, high - low) for low, high in pairwise(edges)]
     assert combine_digests(bucket_digest(piece) for piece in pieces) == bucket_digest(table)
     assert bucket_digest(pa.concat_tables(pieces)) == bucket_digest(table)
 

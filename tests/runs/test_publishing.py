@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.fake_runs import bucket_table, fake_manifest, user_names, write_fake_run
 
 from instructue_feast.errors import (
     ConfigError,
@@ -24,6 +23,7 @@ from instructue_feast.runs.manifest import RunInstruction, parse_as_of
 from instructue_feast.runs.publish import current_publication, prune_publications, publish
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run, write_bucket
+from tests.fake_runs import bucket_table, fake_manifest, user_names, write_fake_run
 
 OCTOBER, NOVEMBER, DECEMBER = "2017-10-01T00:00:00Z", "2017-11-01T00:00:00Z", "2017-12-01T00:00:00Z"
 
@@ -125,7 +125,7 @@ DAMAGE = {
         _rewrite(lambda table: table.set_column(0, "user_id", table.column(0).take([1, 0, 2, 3]))),
         StorageError,
     ),
-    "other time": (_rewrite(lambda table: bucket_table(user_names(12)[1::3], parse_as_of(NOVEMBER))), StorageError),
+    "other time": (_rewrite(lambda table: bucket_table(user_names(12)[1::3], parse_as_of(DECEMBER))), StorageError),
     "NaN": (_vectors(_nan), InvalidEmbeddingError),
     "infinite": (_vectors(lambda rows: rows * np.inf), InvalidEmbeddingError),
     "not unit-norm": (_vectors(lambda rows: rows * 2), InvalidEmbeddingError),
@@ -268,10 +268,31 @@ def test_a_view_keeps_only_so_many_runs(store):
     for run_id in runs[1:]:
         publication = publish(store, run_id, keep_runs=2)
     assert _runs(publication, "churn") == runs[-2:]
-    with pytest.raises(ConfigError, match="raise `output.keep_runs`") as error:
+    with pytest.raises(ConfigError, match="raise `output") as error:
         publish(store, runs[0], keep_runs=2)
     assert "before all of the 2 runs" in str(error.value)
     assert current_publication(store) == publication
+
+
+def test_keeping_no_run_at_all_is_refused(store):
+    with pytest.raises(ConfigError, match="keep at least one"):
+        publish(store, write_fake_run(store, OCTOBER), keep_runs=0)
+
+
+def test_an_interrupt_just_after_the_pointer_moved_leaves_the_publication_whole(store, monkeypatch):
+    run_id = write_fake_run(store, OCTOBER)
+    move = publishing._move_pointer
+
+    def interrupted(*args):
+        move(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "_move_pointer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(store, run_id)
+    publication = current_publication(store)
+    assert publication.run_id == run_id
+    assert len(store.names("published", publication.id, publication.current["churn"])) == 3
 
 
 def test_a_new_version_is_a_new_view_and_the_one_before_it_stays(store):
@@ -364,7 +385,7 @@ def test_a_pointer_of_another_release_is_told_apart_from_a_damaged_one(store):
     with pytest.raises(SchemaError, match="another release"):
         current_publication(store)
     Path(store.path("published.json")).write_text("{")
-    with pytest.raises(StorageError, match="published.json"):
+    with pytest.raises(StorageError, match="cannot read"):
         current_publication(store)
 
 

@@ -1,8 +1,8 @@
 """Runs are written bucket by bucket, finished by their manifest, and read back as they were."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from tests.fake_runs import bucket_table, fake_manifest, unit_vectors, user_names, write_fake_run
 
 from instructue_feast.errors import ConfigError, InvalidEmbeddingError, RunConflictError, StorageError
 from instructue_feast.runs.audit import bucket_digest, vector_matrix
@@ -11,6 +11,7 @@ from instructue_feast.runs.reader import finished_runs, read_run, run_manifest
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run, finished_buckets, write_bucket
 from instructue_feast.schema import check, embeddings_schema
+from tests.fake_runs import bucket_table, fake_manifest, unit_vectors, user_names, write_fake_run
 
 AS_OF = parse_as_of("2017-10-01T00:00:00Z")
 
@@ -63,7 +64,7 @@ def test_a_run_without_manifest_is_not_finished(store):
 
 def test_an_invalid_bucket_leaves_no_file(store):
     table = bucket_table(user_names(3), AS_OF)
-    broken = table.set_column(3, table.schema.field(3), [[[float("nan")] * 8] * 3])
+    broken = table.set_column(3, table.schema.field(3), pa.array([[float("nan")] * 8] * 3, pa.list_(pa.float32())))
     with pytest.raises(InvalidEmbeddingError, match="run r, bucket 0, instruction churn: 3 of 3"):
         write_bucket(store, "r", 0, broken, tokens=1, seconds=1.0)
     assert store.names("runs") == []
@@ -94,7 +95,7 @@ def test_a_run_is_finished_once_and_only_with_the_buckets_on_disk(store):
 def test_a_missing_bucket_file_is_named(store):
     run_id = write_fake_run(store)
     store.remove("runs", run_id, "bucket=00001", "part.parquet")
-    with pytest.raises(StorageError, match="bucket 1: .*part.parquet is missing"):
+    with pytest.raises(StorageError, match=r"bucket 1: .*part\.parquet is missing"):
         read_run(store, run_id)
 
 

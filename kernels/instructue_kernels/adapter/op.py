@@ -64,6 +64,15 @@ def adapter(
     raise ValueError(f"impl {impl!r} is unknown; use auto, chunked or reference")
 
 
+def explain_choice() -> str:
+    """What `impl="auto"` does on this machine, in words.
+
+    >>> explain_choice()
+    'auto: plain torch below 8,192 rows, row chunks of bounded memory from there'
+    """
+    return f"auto: plain torch below {_CHUNK_FROM_ROWS:,} rows, row chunks of bounded memory from there"
+
+
 def _check_shapes(
     vectors: torch.Tensor,
     norm_weight: torch.Tensor,

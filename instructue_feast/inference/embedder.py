@@ -1,0 +1,206 @@
+"""`UserEmbedder.encode`: the one function that makes user embeddings, in batch jobs and online."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingError, VersionMismatchError
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.inference.soft_tokens import SoftTokenTable
+from instructue_feast.instructions import Instruction
+from instructue_feast.model.layout import token_budget_batches
+from instructue_feast.model.modeling import InstructUEModel
+from instructue_feast.model.prompt import Suffix, UserBatch
+
+# U = users, T = texts of all users, N = texts of the table, F = focus size, H = hidden size, K = instructions
+
+OnBatch = Callable[[int, int], None]
+"""Called after each forward pass with the number of users and of real tokens in it."""
+
+_CHUNK = 65_536
+_KEPT = 8
+"""Sets of instructions whose similarities are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    suffixes: tuple[Suffix, ...]
+    similarity_NK: torch.Tensor
+
+
+class UserEmbedder:
+    """Makes user embeddings from packed histories.
+
+    Args:
+        model: The model; put into evaluation mode.
+        table: Soft tokens of the texts, built with this model.
+        max_batch_tokens: Upper bound on the padded tokens of one forward pass; a longer user goes alone.
+        soft_prompts: Tuned soft prompts `[P, H]` by `Instruction.content_hash`.
+
+    Raises:
+        VersionMismatchError: The table was built with another model.
+
+    Example:
+        >>> embedder = UserEmbedder(model, table)  # doctest: +SKIP
+        >>> embedder.encode(history, registry.select(["churn", "taste"])).shape  # doctest: +SKIP
+        (1000, 2, 128)
+    """
+
+    def __init__(
+        self,
+        model: InstructUEModel,
+        table: SoftTokenTable,
+        *,
+        max_batch_tokens: int = 4096,
+        soft_prompts: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        if table.model_digest != model.weights_digest():
+            raise VersionMismatchError(
+                f"the soft-token table was built with model {table.model_digest[:12]}, this is "
+                f"{model.weights_digest()[:12]}",
+                "build the table again with this model",
+            )
+        self.model = model.eval()
+        self.table = table
+        self.max_batch_tokens = max_batch_tokens
+        self._soft_prompts = dict(soft_prompts or {})
+        self._prepared: dict[tuple[str, ...], _Prepared] = {}
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of the embeddings."""
+        return self.model.config.embedding_dim
+
+    @torch.inference_mode()
+    def encode(
+        self, history: PackedHistory, instructions: Sequence[Instruction], on_batch: OnBatch | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Embeds users, all instructions of a user in one forward pass.
+
+        Users are batched by length, ties by user id, so a batch wastes little on padding and the result is the same
+        however the users are ordered.
+
+        Args:
+            history: U users.
+            instructions: K instructions.
+            on_batch: Called after each forward pass.
+
+        Returns:
+            `[U, K, embedding_dim]` float32 unit vectors, in the order of `history` and `instructions`.
+
+        Raises:
+            ConfigError: No instructions, a missing soft prompt, or a prompt longer than the LLM's positions.
+            DataError: A text is not in the table, or the history was made with another config.
+            InvalidEmbeddingError: An embedding is NaN or infinite.
+        """
+        prepared = self._prepare(instructions)
+        self.model.prompt.check(history)
+        lengths = self.model.prefix_lengths(history)
+        self._check_length(history, lengths, prepared)
+        rows_T = self.table.rows(history.text_id)
+        self._check_sources(history, rows_T)
+        out = np.empty((len(history), len(instructions), self.model.config.embedding_dim), np.float32)
+        totals = lengths + sum(len(one) for one in prepared.suffixes)
+        for users in token_budget_batches(totals, history.user_ids, self.max_batch_tokens):
+            part = history.take(users)
+            batch, similarity_TK = self._gather(part, prepared)
+            output = self.model(batch, [prepared.suffixes] * len(part), similarity_TK)
+            out[users] = output.embeddings.cpu().numpy()
+            if not np.isfinite(out[users]).all():
+                raise InvalidEmbeddingError(
+                    f"{int((~np.isfinite(out[users])).any((1, 2)).sum())} of {len(users)} users got NaN or infinity",
+                    "check the model's weights, or use dtype float32",
+                )
+            if on_batch is not None:
+                on_batch(len(users), output.prompts.num_tokens)
+        return out
+
+    @torch.inference_mode()
+    def focus_weights(self, history: PackedHistory, instructions: Sequence[Instruction]) -> npt.NDArray[np.float32]:
+        """What each instruction looks at in each user's history.
+
+        Returns:
+            `[T, K]` in the order of `history.text_id`; over a user's texts, each column sums to one.
+
+        Raises:
+            ConfigError: No instructions.
+            DataError: A text is not in the table, or the history was made with another config.
+        """
+        prepared = self._prepare(instructions)
+        self.model.prompt.check(history)
+        batch, similarity_TK = self._gather(history, prepared)
+        return self.model.focus_weights(batch, similarity_TK)
+
+    def _gather(self, history: PackedHistory, prepared: _Prepared) -> tuple[UserBatch, torch.Tensor]:
+        rows = torch.from_numpy(self.table.rows(history.text_id))
+        device = self.model.device
+        soft_TH = self.table.soft_tokens[rows].to(device)
+        return UserBatch(history, soft_TH), prepared.similarity_NK[rows].to(device)
+
+    def _prepare(self, instructions: Sequence[Instruction]) -> _Prepared:
+        """Suffixes, and the similarity of every text and instruction: once per set of instructions."""
+        if not instructions:
+            raise ConfigError("no instructions to encode", "pass at least one")
+        key = tuple(one.content_hash for one in instructions)
+        if key not in self._prepared:
+            if len(self._prepared) == _KEPT:
+                self._prepared.pop(next(iter(self._prepared)))
+            suffixes = tuple(self.model.suffix(one.text, soft_prompt=self._soft_prompt(one)) for one in instructions)
+            self._prepared[key] = _Prepared(suffixes, self._similarity([one.text for one in instructions]))
+        return self._prepared[key]
+
+    def _similarity(self, texts: list[str]) -> torch.Tensor:
+        queries_EKF = self.model.focus_queries(texts)
+        encoder_of_source = [self.model.encoder_index(name) for name in self.model.config.sources or []]
+        encoder_N = np.asarray(encoder_of_source, np.int64)[self.table.source_index]
+        similarity_NK = torch.empty(len(self.table), len(texts))
+        for index, queries_KF in enumerate(queries_EKF):
+            members = np.flatnonzero(encoder_N == index)
+            for start in range(0, len(members), _CHUNK):  # bounds what is held of a memory-mapped table
+                rows = torch.from_numpy(members[start : start + _CHUNK])
+                similarity_NK[rows] = (self.table.focus_keys[rows].to(self.model.device) @ queries_KF.T).cpu()
+        return similarity_NK
+
+    def _soft_prompt(self, instruction: Instruction) -> torch.Tensor | None:
+        if instruction.soft_prompt is None:
+            return None
+        vectors = self._soft_prompts.get(instruction.content_hash)
+        if vectors is None:
+            raise ConfigError(
+                f"instruction {instruction.id!r} wants soft prompt {instruction.soft_prompt[:12]}, which was not given",
+                "pass it in `soft_prompts`",
+            )
+        if soft_prompt_digest(vectors) != instruction.soft_prompt:
+            raise VersionMismatchError(
+                f"the soft prompt of instruction {instruction.id!r} is not {instruction.soft_prompt[:12]}",
+                "use the vectors the instruction was tuned to",
+            )
+        return vectors
+
+    def _check_sources(self, history: PackedHistory, rows_T: npt.NDArray[np.int64]) -> None:
+        if np.any(self.table.source_index[rows_T] != history.source_index):
+            raise DataError(
+                "packed history and soft-token table disagree on the source of a text",
+                "use the phrasebook of this extract",
+            )
+
+    def _check_length(self, history: PackedHistory, lengths: npt.NDArray[np.int64], prepared: _Prepared) -> None:
+        limit = self.model.max_prompt_tokens
+        longest = int(lengths.max(initial=0)) + max(len(one) for one in prepared.suffixes)
+        if longest > limit:
+            raise ConfigError(
+                f"a prompt of {longest} tokens (user {int(lengths.argmax())} of {len(history)}), the LLM takes {limit}",
+                "lower `max_texts` of the sources, or use an LLM with more positions",
+            )
+
+
+def soft_prompt_digest(vectors: torch.Tensor) -> str:
+    """What `Instruction.soft_prompt` holds: SHA-256 of shape and float32 values."""
+    values = vectors.detach().cpu().float().contiguous().numpy()
+    return hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()

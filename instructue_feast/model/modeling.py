@@ -1,0 +1,294 @@
+"""`InstructUEModel`: packed histories and instructions in, user embeddings out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from instructue_feast.errors import ConfigError
+from instructue_feast.model import saving
+from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, SourceAdapter
+from instructue_feast.model.config import InstructUEConfig
+from instructue_feast.model.encoders import TextEncoder
+from instructue_feast.model.focus import Focus
+from instructue_feast.model.layout import Ints, PackedPrompts, additive_mask
+from instructue_feast.model.prompt import PromptTokens, Suffix, UserBatch
+
+# B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
+# H = hidden size, K = instructions, S = padded prompt length
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        embeddings: `[B, K, embedding_dim]` float32 unit vectors.
+        hidden: `[B, S, H]` last hidden states of the LLM, for the next-token loss.
+        prompts: Where everything stands in S.
+        focus_weights: `[B, L, K]` attention of each instruction over the user's texts.
+    """
+
+    embeddings: torch.Tensor
+    hidden: torch.Tensor
+    prompts: PackedPrompts
+    focus_weights: torch.Tensor
+
+
+class InstructUEModel(nn.Module):
+    """The base LLM with adapters, focus, learned tokens and projection around it.
+
+    Args:
+        config: Settings.
+        llm: A causal LM of Transformers, optionally wrapped by PEFT. Frozen; only LoRA weights may train.
+        tokenizer: Its tokenizer.
+
+    Source: InstructUE (arXiv 2510.11016), Q-Anchor (arXiv 2602.14492); the focus token is ours.
+    """
+
+    lora_digest: str | None = None
+
+    def __init__(self, config: InstructUEConfig, llm: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.llm = llm.requires_grad_(False)
+        self.tokenizer = tokenizer
+        sources, hidden = list(config.sources or []), config.hidden_size
+        encoders, dims = config.encoders or {}, config.encoder_dims or {}
+        self.adapters = nn.ModuleDict(
+            {
+                name: SourceAdapter(dims[encoders[name]], config.adapter_dim or dims[encoders[name]], hidden)
+                for name in sources
+            }
+        )
+        groups = config.numeric_groups
+        self.numeric = NumericAdapter([one for _, _, one in groups], len(config.numeric_columns or []), hidden)
+        encoder_dims = [dims[name] for name in config.encoder_names]
+        self.focus = Focus(encoder_dims, self.focus_dim, hidden)
+        self.prompt = PromptTokens(
+            len(sources),
+            [sources.index(source) for source, _, _ in groups],
+            [sources.index(source) for source, _, _ in config.numeric_columns or []],
+            hidden,
+        )
+        self.projection = ProjectionHead(hidden, config.projection_dim, config.embedding_dim)
+        self._preamble: Ints = np.asarray(tokenizer(config.preamble, split_special_tokens=True)["input_ids"], np.int64)
+        self._encoders: dict[str, TextEncoder] = {}
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.prompt.user.device
+
+    @property
+    def llm_dtype(self) -> torch.dtype:
+        """Compute type of the LLM; everything of ours is float32."""
+        dtype: torch.dtype = self.llm.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return dtype
+
+    @property
+    def focus_dim(self) -> int:
+        """F."""
+        return self.config.focus_dim or max((self.config.encoder_dims or {"": 1}).values())
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The LLM without its vocabulary head."""
+        causal: Any = self.llm
+        base: nn.Module = (causal.get_base_model() if hasattr(causal, "peft_config") else causal).base_model
+        return base
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prefix plus suffix the LLM's positions allow."""
+        return int(getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30)
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """Our weights and buffers by name, without the base LLM and LoRA."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("llm.")}
+
+    def weights_digest(self) -> str:
+        """SHA-256 over our weights and LoRA's; the base models are identified by `config`'s digests."""
+        return hashlib.sha256(
+            f"{saving.tensors_digest(self.own_state())} {saving.lora_digest(self)}".encode()
+        ).hexdigest()
+
+    def text_encoder(self, name: str) -> TextEncoder:
+        """One of the frozen encoders, loaded on first use.
+
+        Raises:
+            VersionMismatchError: Its files are not those the model was made with.
+        """
+        if name not in self._encoders:
+            encoder = TextEncoder.load(name, device=self.device)
+            saving.require_digest("text encoder", name, encoder.version, (self.config.encoder_digests or {})[name])
+            self._encoders[name] = encoder
+        return self._encoders[name]
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json`, `model.safetensors` and, with LoRA, `lora/`; the folder appears complete or not at all.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        saving.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        llm: str | None = None,
+        encoders: Mapping[str, str] | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        merge_lora: bool = False,
+    ) -> InstructUEModel:
+        """Reads a saved model.
+
+        Args:
+            folder: A folder, or a Hugging Face name.
+            llm: Where the base LLM is, if not where it was when the model was saved.
+            encoders: Where the encoder of each source is, likewise.
+            dtype: Compute type of the LLM, `float32` or `bfloat16`.
+            merge_lora: Add LoRA's products to the LLM's weights: faster, but no longer trainable or savable.
+
+        Raises:
+            DataError: There are no weights, or they are cut short.
+            UnsafeArtifactError: The weights are pickled.
+            VersionMismatchError: The base LLM or an encoder is not the one the model was made with.
+        """
+        return saving.load(
+            cls, str(folder), llm=llm, encoders=encoders, dtype=saving.torch_dtype(dtype), merge_lora=merge_lora
+        )
+
+    # -- pieces --------------------------------------------------------------------------------------------------
+
+    def soft_tokens(self, source: str, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """Soft tokens `[N, H]` of texts of a source, from their encoder vectors."""
+        tokens: torch.Tensor = self.adapters[source](vectors_ND)
+        return tokens
+
+    def encoder_index(self, source: str) -> int:
+        """Position of a source's encoder in `config.encoder_names`."""
+        return self.config.encoder_names.index((self.config.encoders or {})[source])
+
+    def focus_keys(self, source: str, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """Focus keys `[N, F]` of texts of a source, from their encoder vectors."""
+        return self.focus.key(self.encoder_index(source), vectors_ND)
+
+    def focus_queries(self, texts: Sequence[str]) -> torch.Tensor:
+        """Focus queries `[encoders, K, F]` of instructions.
+
+        An empty text gives a zero query: all similarities are equal, and the focus is the user's mean.
+        """
+        blank = torch.tensor([not text for text in texts], device=self.device)[:, None]
+        queries = []
+        for index, name in enumerate(self.config.encoder_names):
+            vectors_KD = torch.from_numpy(self.text_encoder(name).encode(texts)).to(self.device)
+            queries.append(self.focus.query(index, vectors_KD).masked_fill(blank, 0.0))
+        return torch.stack(queries)
+
+    def suffix(self, text: str, *, soft_prompt: torch.Tensor | None = None, answer_ids: Ints | None = None) -> Suffix:
+        """The suffix of an instruction text.
+
+        Raises:
+            ConfigError: The soft prompt does not have the LLM's hidden size.
+        """
+        if soft_prompt is not None and (soft_prompt.dim() != 2 or soft_prompt.shape[1] != self.config.hidden_size):
+            raise ConfigError(
+                f"soft prompt of shape {list(soft_prompt.shape)}, the LLM wants [any, {self.config.hidden_size}]",
+                "tune it for this model",
+            )
+        ids = self.word_ids(f"Instruction: {text}") if text else np.zeros(0, np.int64)
+        answer = np.zeros(0, np.int64) if answer_ids is None else answer_ids
+        return Suffix(ids, None if soft_prompt is None else soft_prompt.to(self.device), answer)
+
+    def prefix_lengths(self, batch_history: Any) -> Ints:
+        """`[B]` tokens of each user's prefix."""
+        return self.prompt.prefix_lengths(batch_history, len(self._preamble))
+
+    def word_ids(self, text: str) -> Ints:
+        """LLM tokens of a text; markup in it is read as plain characters."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return np.asarray(ids, np.int64)
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, batch: UserBatch, suffixes: Sequence[Sequence[Suffix]], similarity_TK: torch.Tensor
+    ) -> ModelOutput:
+        """One pass of the LLM over B users and all their suffixes.
+
+        Args:
+            batch: B users.
+            suffixes: K suffixes of each user.
+            similarity_TK: Similarity of each text and its user's k-th instruction.
+        """
+        history = batch.history
+        padded = self.prompt.pad(batch)
+        similarity_BLK = similarity_TK.new_zeros(*padded.text_BL.shape, similarity_TK.shape[1])
+        if len(similarity_TK):
+            similarity_BLK = similarity_TK[padded.text_BL]
+        focus = self.focus(
+            similarity_BLK,
+            padded.valid_BL,
+            padded.soft_BLH,
+            self.prompt.count(padded.count_BL),
+            self.prompt.age(padded.age_BL),
+            padded.count_BL,
+            padded.age_BL,
+        )
+        numeric_BGH = self.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device))
+        table_VH, prompts = self.prompt.assemble(
+            batch,
+            padded,
+            numeric_BGH,
+            focus.tokens,
+            suffixes,
+            self._preamble,
+            self.llm.get_input_embeddings(),  # type: ignore[operator]
+        )
+        hidden_BSH = self._run_llm(table_VH, prompts)
+        users = torch.arange(len(history), device=self.device)[:, None]
+        readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
+        return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
+
+    def _run_llm(self, table_VH: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
+        segment_BS = torch.from_numpy(prompts.segment_BS).to(self.device)
+        inputs_BSH = table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)]
+        hidden: torch.Tensor = self.backbone(
+            inputs_embeds=inputs_BSH,
+            attention_mask=additive_mask(segment_BS, self.llm_dtype),
+            position_ids=torch.from_numpy(prompts.position_BS).to(self.device),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden
+
+    def focus_weights(self, batch: UserBatch, similarity_TK: torch.Tensor) -> npt.NDArray[np.float32]:
+        """`[T, K]` what each instruction looks at, over each user's texts a distribution; needs no LLM."""
+        padded = self.prompt.pad(batch)
+        if not len(similarity_TK):
+            return np.zeros(tuple(similarity_TK.shape), np.float32)
+        result = self.focus(
+            similarity_TK[padded.text_BL],
+            padded.valid_BL,
+            padded.soft_BLH,
+            self.prompt.count(padded.count_BL),
+            self.prompt.age(padded.age_BL),
+            padded.count_BL,
+            padded.age_BL,
+        )
+        weights: npt.NDArray[np.float32] = result.weights[padded.valid_BL].detach().cpu().numpy()
+        return weights

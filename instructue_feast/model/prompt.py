@@ -1,0 +1,344 @@
+"""From packed histories to the LLM's input: which token stands where, and the embedding of each.
+
+preamble
+<bill>  soft tokens (+ count + age)                       summary  </bill>
+<app>   the learned "missing" token                       summary  </app>
+<tabular>  soft tokens, one token per numeric group       summary  </tabular>
+summary of the user                                              -- end of the shared prefix
+Instruction: <text>   focus token   soft prompt   <USER>  [answer]  -- one suffix per instruction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from instructue_feast.errors import DataError
+from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.model.layout import Ints, PackedPrompts, pack
+from instructue_feast.model.seeding import fill_normal
+
+# B = users, T = texts of all users, L = most texts of a user, R = sources, G = numeric groups, C = numeric columns,
+# H = hidden size, K = instructions, V = rows of the embedding table
+
+_BUCKET_SCALE = 0.3
+"""Initial size of count and age embeddings, in units of a soft token: visible, but not louder than the text."""
+
+_NO_TOKENS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class UserBatch:
+    """B users, with the soft tokens of their texts.
+
+    Attributes:
+        history: Their packed histories.
+        soft_TH: Soft token of each text, without count and age.
+    """
+
+    history: PackedHistory
+    soft_TH: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """What follows the prefix for one instruction.
+
+    Attributes:
+        token_ids: LLM tokens of `Instruction: <text>`; none for the general-purpose embedding.
+        soft_prompt: Optional `[P, H]` tuned vectors before `<USER>`.
+        answer_ids: Optional LLM tokens behind `<USER>`; training only.
+    """
+
+    token_ids: Ints
+    soft_prompt: torch.Tensor | None = None
+    answer_ids: Ints = field(default_factory=lambda: _NO_TOKENS)
+
+    def __len__(self) -> int:
+        return (
+            len(self.token_ids) + 2 + (0 if self.soft_prompt is None else len(self.soft_prompt)) + len(self.answer_ids)
+        )
+
+
+class SummaryToken(nn.Module):
+    """One token out of the mean of others: brought to the LLM's embedding size, then projected."""
+
+    rms: torch.Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(hidden, hidden)
+        self.register_buffer("rms", torch.ones(()))
+
+    def forward(self, mean: torch.Tensor) -> torch.Tensor:
+        """Summary of `[..., H]` means."""
+        scale = torch.rsqrt(mean.pow(2).mean(-1, keepdim=True) + 1e-12)
+        token: torch.Tensor = self.projection(mean * scale * self.rms)
+        return token
+
+
+class PromptTokens(nn.Module):
+    """The learned tokens of ours, and the assembly of prompts.
+
+    The LLM's vocabulary is untouched: markers and `<USER>` are vectors of ours, so no event text can spell them.
+
+    Args:
+        num_sources: R.
+        group_sources: Source index of each numeric group.
+        column_sources: Source index of each numeric column.
+        hidden: H.
+    """
+
+    def __init__(self, num_sources: int, group_sources: list[int], column_sources: list[int], hidden: int) -> None:
+        super().__init__()
+        self.num_sources = num_sources
+        self.group_sources = group_sources
+        self.column_sources = column_sources
+        self.count = nn.Embedding(NUM_COUNT_BUCKETS, hidden)
+        self.age = nn.Embedding(NUM_AGE_BUCKETS, hidden)
+        self.opening = nn.Parameter(torch.zeros(num_sources, hidden))
+        self.closing = nn.Parameter(torch.zeros(num_sources, hidden))
+        self.missing = nn.Parameter(torch.zeros(num_sources, hidden))
+        self.user = nn.Parameter(torch.zeros(1, hidden))
+        self.source_summary = SummaryToken(hidden)
+        self.user_summary = SummaryToken(hidden)
+
+    @torch.no_grad()
+    def initialise(self, rms: float, *, seed: int, name: str) -> None:
+        """Everything but the markers, which the model initialises from the LLM's own embeddings."""
+        fill_normal(self.count.weight, rms * _BUCKET_SCALE, seed=seed, name=f"{name}.count")
+        fill_normal(self.age.weight, rms * _BUCKET_SCALE, seed=seed, name=f"{name}.age")
+        for summary in (self.source_summary, self.user_summary):
+            nn.init.eye_(summary.projection.weight)
+            nn.init.zeros_(summary.projection.bias)
+            summary.rms.fill_(rms)
+
+    def texts_per_source(self, history: PackedHistory) -> Ints:
+        """`[B, R]` texts of each user by source."""
+        users = np.repeat(np.arange(len(history)), history.num_tokens)
+        flat = np.bincount(users * self.num_sources + history.source_index, minlength=len(history) * self.num_sources)
+        return flat.reshape(len(history), self.num_sources).astype(np.int64)
+
+    def has_numbers(self, history: PackedHistory) -> npt.NDArray[np.bool_]:
+        """`[B, R]` whether a source has any number that is not missing."""
+        present = np.zeros((len(history), self.num_sources), bool)
+        for column, source in enumerate(self.column_sources):
+            present[:, source] |= np.isfinite(history.tabular_numeric[:, column])
+        return present
+
+    def prefix_lengths(self, history: PackedHistory, preamble_length: int) -> Ints:
+        """`[B]` tokens of each user's prefix, without assembling it."""
+        texts_BR, numbers_BR = self.texts_per_source(history), self.has_numbers(history)
+        groups_R = np.bincount(np.asarray(self.group_sources, np.int64), minlength=self.num_sources)
+        inside_BR = texts_BR + numbers_BR * groups_R + ((texts_BR == 0) & ~numbers_BR)
+        lengths: Ints = preamble_length + (inside_BR + 3).sum(1) + 1
+        return lengths
+
+    def check(self, history: PackedHistory) -> None:
+        """Refuses indices that no embedding stands for.
+
+        Raises:
+            DataError: A source, count or age index is out of range, or tokens are not ordered by source.
+        """
+        limits = {
+            "source_index": (history.source_index, self.num_sources),
+            "count_bucket": (history.count_bucket, NUM_COUNT_BUCKETS),
+            "age_bucket": (history.age_bucket, NUM_AGE_BUCKETS),
+        }
+        for name, (values, limit) in limits.items():
+            if len(values) and not (values.min() >= 0 and values.max() < limit):
+                raise DataError(
+                    f"packed history: {name} holds values outside 0..{limit - 1}",
+                    "extract again with the config and release the model was made with",
+                )
+        if history.tabular_numeric.shape[1] != len(self.column_sources):
+            raise DataError(
+                f"packed history: {history.tabular_numeric.shape[1]} numeric columns, the model has "
+                f"{len(self.column_sources)}",
+                "extract again with the config the model was made with",
+            )
+        users = np.repeat(np.arange(len(history)), history.num_tokens)
+        if np.any(np.diff(users * self.num_sources + history.source_index) < 0):
+            raise DataError("packed history: the tokens of a user are not ordered by source", "extract again")
+
+    def pad(self, batch: UserBatch) -> PaddedUsers:
+        """Lays the texts of each user into rows of equal length."""
+        history, device = batch.history, batch.soft_TH.device
+        lengths = history.num_tokens
+        longest = int(lengths.max(initial=0))
+        columns = np.arange(longest)
+        valid_BL = columns[None, :] < lengths[:, None]
+        text_BL = np.where(valid_BL, history.offsets[:-1, None] + columns[None, :], 0)
+
+        def padded(values: npt.NDArray[np.int32]) -> torch.Tensor:
+            rows = values[text_BL] if len(values) else np.zeros(text_BL.shape, np.int32)
+            return torch.from_numpy(rows.astype(np.int64)).to(device)
+
+        soft_BLH = batch.soft_TH.new_zeros(*text_BL.shape, batch.soft_TH.shape[1])
+        if longest:
+            soft_BLH = batch.soft_TH[torch.from_numpy(text_BL).to(device)]
+        valid = torch.from_numpy(valid_BL).to(device)
+        return PaddedUsers(
+            text_BL=torch.from_numpy(text_BL).to(device),
+            valid_BL=valid,
+            soft_BLH=soft_BLH * valid[:, :, None],
+            source_BL=padded(history.source_index),
+            count_BL=padded(history.count_bucket),
+            age_BL=padded(history.age_bucket),
+        )
+
+    def assemble(
+        self,
+        batch: UserBatch,
+        padded: PaddedUsers,
+        numeric_BGH: torch.Tensor,
+        focus_BKH: torch.Tensor,
+        suffixes: Sequence[Sequence[Suffix]],
+        preamble: Ints,
+        embed: Any,
+    ) -> tuple[torch.Tensor, PackedPrompts]:
+        """Builds the table of token embeddings and the rows of every prompt.
+
+        Args:
+            batch: B users.
+            padded: `pad(batch)`.
+            numeric_BGH: Soft tokens of the numeric groups.
+            focus_BKH: Focus token of each suffix.
+            suffixes: K suffixes of each user.
+            preamble: LLM tokens at the head.
+            embed: The LLM's input embedding, `[n]` token ids to `[n, H]`.
+
+        Returns:
+            The table `[V, H]`, whose row 0 is zero, and the packed prompts that index it.
+        """
+        table = _Table(self.user.shape[1], batch.soft_TH.device)
+        distinct = list({id(one): one for own in suffixes for one in own}.values())
+        words = np.unique(
+            np.concatenate([preamble, *(ids for one in distinct for ids in (one.token_ids, one.answer_ids))])
+        )
+        first_word = table.add(embed(torch.from_numpy(words).to(batch.soft_TH.device)))
+
+        def word_rows(ids: Ints) -> Ints:
+            return first_word + np.searchsorted(words, ids)
+
+        opening, closing, missing = table.add(self.opening), table.add(self.closing), table.add(self.missing)
+        user_token = table.add(self.user)
+        soft_prompts = {id(one): table.add(one.soft_prompt) for one in distinct if one.soft_prompt is not None}
+        events_BLH = (padded.soft_BLH + self.count(padded.count_BL) + self.age(padded.age_BL)) * padded.valid_BL[
+            :, :, None
+        ]
+        numbers_BR = self.has_numbers(batch.history)
+        source_BRH, user_BH = self._summaries(padded, events_BLH, numeric_BGH, numbers_BR)
+        first_event, first_number = table.add(events_BLH), table.add(numeric_BGH)
+        first_source, first_user, first_focus = table.add(source_BRH), table.add(user_BH), table.add(focus_BKH)
+
+        head = word_rows(preamble)
+        texts_BR = self.texts_per_source(batch.history)
+        groups = [[g for g, owner in enumerate(self.group_sources) if owner == r] for r in range(self.num_sources)]
+        num_events, num_groups, num_suffixes = events_BLH.shape[1], numeric_BGH.shape[1], focus_BKH.shape[1]
+        heads = {id(one): word_rows(one.token_ids) for one in distinct}
+        tails = {id(one): _tail(one, soft_prompts, user_token, word_rows) for one in distinct}
+        prefixes, rows_of_suffixes, readouts = [], [], []
+        for user, own in enumerate(suffixes):
+            parts: list[Any] = [head]
+            start = first_event + user * num_events
+            for source in range(self.num_sources):
+                end = start + int(texts_BR[user, source])
+                parts += [[opening + source], np.arange(start, end)]
+                if numbers_BR[user, source]:
+                    parts.append([first_number + user * num_groups + group for group in groups[source]])
+                elif start == end:
+                    parts.append([missing + source])
+                parts.append([first_source + user * self.num_sources + source, closing + source])
+                start = end
+            parts.append([first_user + user])
+            prefixes.append(np.concatenate(parts).astype(np.int64))
+            focus = first_focus + user * num_suffixes
+            rows_of_suffixes.append(
+                [np.concatenate([heads[id(one)], [focus + k], tails[id(one)]]) for k, one in enumerate(own)]
+            )
+            readouts.append([len(one) - len(one.answer_ids) - 1 for one in own])
+        return table.rows(), pack(prefixes, rows_of_suffixes, readouts)
+
+    def _summaries(
+        self,
+        padded: PaddedUsers,
+        events_BLH: torch.Tensor,
+        numeric_BGH: torch.Tensor,
+        numbers_BR: npt.NDArray[np.bool_],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source summaries `[B, R, H]` and user summaries `[B, H]`: means of the tokens a source has in the prompt.
+
+        Sums are matrix products within a user, so they are deterministic on every device and no user touches another.
+        """
+        kinds = torch.arange(self.num_sources, device=events_BLH.device)
+        member_BLR = ((padded.source_BL[:, :, None] == kinds) & padded.valid_BL[:, :, None]).to(events_BLH.dtype)
+        sum_BRH = member_BLR.transpose(1, 2) @ events_BLH
+        size_BR = member_BLR.sum(1)
+        if self.group_sources:
+            has_BR = torch.from_numpy(numbers_BR).to(events_BLH.device)
+            owner_G = torch.tensor(self.group_sources, device=events_BLH.device)
+            member_BGR = ((owner_G[:, None] == kinds) & has_BR[:, None, :]).to(events_BLH.dtype)
+            sum_BRH = sum_BRH + member_BGR.transpose(1, 2) @ numeric_BGH
+            size_BR = size_BR + member_BGR.sum(1)
+        empty_BR1 = (size_BR == 0)[:, :, None]
+        mean_BRH = torch.where(empty_BR1, self.missing, sum_BRH / size_BR.clamp(min=1)[:, :, None])
+        nothing_BH = self.missing.mean(0).expand(len(sum_BRH), -1)
+        total_B1 = size_BR.sum(1, keepdim=True)
+        mean_BH = torch.where(total_B1 == 0, nothing_BH, sum_BRH.sum(1) / total_B1.clamp(min=1))
+        return self.source_summary(mean_BRH), self.user_summary(mean_BH)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedUsers:
+    """Texts of B users in rows of equal length.
+
+    Attributes:
+        text_BL: Position in the flat texts; 0 where there is none.
+        valid_BL: True where there is a text.
+        soft_BLH: Soft tokens, zero where there is none.
+        source_BL: Source index.
+        count_BL: Count bucket.
+        age_BL: Age bucket.
+    """
+
+    text_BL: torch.Tensor
+    valid_BL: torch.Tensor
+    soft_BLH: torch.Tensor
+    source_BL: torch.Tensor
+    count_BL: torch.Tensor
+    age_BL: torch.Tensor
+
+
+class _Table:
+    """Rows of token embeddings, added block by block; row 0 is zero and stands for padding."""
+
+    def __init__(self, hidden: int, device: torch.device) -> None:
+        self._hidden = hidden
+        self._blocks = [torch.zeros(1, hidden, device=device)]
+        self._length = 1
+
+    def add(self, block: torch.Tensor) -> int:
+        """Adds `[..., H]` and returns the row it starts at."""
+        flat = block.reshape(-1, self._hidden).float()
+        self._blocks.append(flat)
+        self._length += len(flat)
+        return self._length - len(flat)
+
+    def rows(self) -> torch.Tensor:
+        return torch.cat(self._blocks)
+
+
+def _tail(suffix: Suffix, soft_prompts: dict[int, int], user_token: int, word_rows: Any) -> Ints:
+    """Rows behind the focus token: soft prompt, `<USER>`, answer."""
+    size = 0 if suffix.soft_prompt is None else len(suffix.soft_prompt)
+    start = soft_prompts.get(id(suffix), 0)
+    rows: Ints = np.concatenate([np.arange(start, start + size), [user_token], word_rows(suffix.answer_ids)])
+    return rows.astype(np.int64)

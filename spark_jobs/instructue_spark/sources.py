@@ -1,0 +1,338 @@
+"""Raw tables to canonical rows: user, time, text, and a verdict on every row, as native column expressions.
+
+Two shapes come out of here. *Events* (one row per event) and *snapshots* (one row per row of a tabular source, and of
+the roster, which is a snapshot without columns). Every row has a `status`; a row that does not count carries nulls
+elsewhere, so that caching the canonical table costs what the window holds and not what the lake holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from typing import cast
+from zoneinfo import ZoneInfo
+
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    DataType,
+    DateType,
+    DoubleType,
+    FloatType,
+    MapType,
+    NumericType,
+    StringType,
+    StructType,
+    TimestampNTZType,
+    TimestampType,
+)
+
+from instructue_feast.config import EventSourceConfig, InstructueConfig, TabularSourceConfig, UsersConfig
+from instructue_feast.errors import ConfigError, SchemaError, did_you_mean
+from instructue_spark import render
+from instructue_spark.io import read_table
+from instructue_spark.render import column
+
+STATUSES = (
+    "in_window", "at_or_after_as_of", "before_window", "null_user", "null_time", "impossible_time", "broken_value",
+)  # fmt: skip
+"""What can become of a row, by code; those from `FIRST_QUARANTINED` on go to the quarantine table."""
+
+IN_WINDOW = 0
+FIRST_QUARANTINED = STATUSES.index("null_user")
+ROSTER = -1
+"""`src` of roster rows; sources count from 0 in config order."""
+
+EARLIEST = datetime(1971, 1, 1, tzinfo=UTC)
+"""Times before this are impossible: zero and near-zero epochs, the usual broken clocks, fall into 1970."""
+LATEST = datetime(2201, 1, 1, tzinfo=UTC)
+"""Times from here on are impossible."""
+
+BLANK = " \t\n\r\x0b\x0c"
+_QUARANTINE_VALUE_CHARS = 256
+_QUARANTINE_ROW_CHARS = 4096
+_DAY_US = 86_400_000_000
+
+
+def to_micros(moment: datetime) -> int:
+    """Microseconds since the epoch."""
+    delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RawTable:
+    """A raw table after its `where` conditions.
+
+    Attributes:
+        frame: Its rows.
+        types: Type of each column.
+        where: What to call it in a message.
+    """
+
+    frame: DataFrame
+    types: dict[str, DataType]
+    where: str
+
+    def require(self, columns: tuple[str, ...]) -> None:
+        """Raises a `SchemaError` unless the columns are there, by their exact names."""
+        for name in columns:
+            if name not in self.types:
+                raise SchemaError(f"{self.where}: column {name!r} not found", did_you_mean(name, self.types))
+
+
+def open_source(
+    spark: SparkSession, where: str, source: EventSourceConfig | TabularSourceConfig | UsersConfig
+) -> RawTable:
+    """Opens a raw table and applies its conditions.
+
+    Raises:
+        DataError: The table is missing or unreadable.
+        ConfigError: A condition is not a boolean expression over the table's columns.
+    """
+    frame = read_table(spark, source.table, where)
+    types = {one.name: one.dataType for one in frame.schema}
+    for condition in source.where:
+        try:
+            frame = frame.where(F.expr(condition))
+        except PySparkException as error:
+            name = error.getCondition() or type(error).__name__
+            raise ConfigError(
+                f"{where}: condition {condition!r} is not usable: {name}",
+                f"write a boolean SQL expression over the columns {sorted(types)}",
+            ) from None
+    return RawTable(frame, types, where)
+
+
+def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, as_of: datetime) -> DataFrame:
+    """The rows of an event source.
+
+    Args:
+        spark: The session.
+        name: Name of the source.
+        config: The project.
+        as_of: Exclusive upper bound of event times.
+
+    Returns:
+        `src, status, bucket, user_id, t, event_id, raw_id, text, row`; `t` is in microseconds, `raw_id` the hash of the
+        source and the text before normalisation. `row` is set on quarantined rows only.
+
+    Raises:
+        DataError: Missing or unreadable table; as `SchemaError`: a missing column or one of a wrong type.
+        ConfigError: A wrong condition or time zone.
+    """
+    source = config.event_sources[name]
+    raw = open_source(spark, f"source {name}", source)
+    raw.require(source.columns)
+    user, time = _user_column(raw, source.user_id), _time_column(raw, source.time, source.time_zone)
+    start = to_micros(as_of) - config.source_days(name) * _DAY_US
+    status = (
+        _quarantine_status(user, time, render.broken_value(source.text, raw.types))
+        .when(time >= F.lit(to_micros(as_of)), F.lit(1))
+        .when(time < F.lit(start), F.lit(2))
+        .otherwise(F.lit(IN_WINDOW))
+    )
+    text = render.template_column(source.text, raw.types, config.history.max_text_chars, raw.where)
+    ids = source.event_id_columns or source.columns
+    kept = F.col("status") == IN_WINDOW
+    judged = raw.frame.select("*", *_judgement(status, user, time))
+    rendered = judged.select(
+        *_identity(config, name),
+        F.when(kept, _row_hash(raw, ids)).alias("event_id"),
+        F.when(kept, text).alias("text"),
+        _quarantined_row(raw, source.columns).alias("row"),
+    )
+    raw_id = F.when(F.col("text").isNotNull(), render.raw_text_id(F.lit(name), F.col("text")))
+    return rendered.withColumn("raw_id", raw_id)
+
+
+def canonical_snapshots(spark: SparkSession, name: str, config: InstructueConfig, as_of: datetime) -> DataFrame:
+    """The rows of a tabular source.
+
+    Returns:
+        `src, status, bucket, user_id, t, row_hash, numeric, texts, present, row`. `numeric` is `array<float>` with NaN
+        for what is missing (also for infinities), `texts` the rendered categorical values with nulls, `present` how
+        many of both are there.
+
+    Raises:
+        DataError: Missing or unreadable table; as `SchemaError`: a missing column or one of a wrong type.
+        ConfigError: A wrong condition or time zone.
+    """
+    source = config.tabular_sources[name]
+    raw = open_source(spark, f"source {name}", source)
+    raw.require(source.columns)
+    user = _user_column(raw, source.user_id)
+    time = _time_column(raw, source.time, source.time_zone) if source.time else F.lit(to_micros(EARLIEST))
+    status = (
+        _quarantine_status(user, time, F.lit(False))
+        .when(F.lit(source.time is not None) & (time >= F.lit(to_micros(as_of))), F.lit(1))
+        .otherwise(F.lit(IN_WINDOW))
+    )
+    numeric = [_numeric(raw, one) for columns in source.numeric_groups.values() for one in columns]
+    texts = [
+        render.categorical_column(one, raw.types[one], config.history.max_text_chars, raw.where)
+        for one in source.categorical
+    ]
+    return _snapshots(raw, config, name, source.columns, status, (user, time), numeric, texts)
+
+
+def canonical_roster(spark: SparkSession, users: UsersConfig, config: InstructueConfig) -> DataFrame:
+    """The roster in the shape of `canonical_snapshots`, with nothing in its arrays and `ROSTER` as `src`."""
+    raw = open_source(spark, "users", users)
+    raw.require((users.user_id,))
+    user, time = _user_column(raw, users.user_id), F.lit(to_micros(EARLIEST))
+    status = _quarantine_status(user, time, F.lit(False)).otherwise(F.lit(IN_WINDOW))
+    return _snapshots(raw, config, None, (users.user_id,), status, (user, time), [], [])
+
+
+def quarantine(frames: list[DataFrame], names: tuple[str, ...]) -> DataFrame:
+    """The quarantine table (`schema.QUARANTINE`) of canonical rows; roster rows have the source `(roster)`."""
+    columns = ["src", "status", "user_id", "t", "row"]
+    rows = frames[0].select(*columns)
+    for frame in frames[1:]:
+        rows = rows.unionByName(frame.select(*columns))
+    return rows.where(F.col("status") >= FIRST_QUARANTINED).select(
+        F.get(F.array(*[F.lit(one) for one in ("(roster)", *names)]), F.col("src") + 1).alias("source"),
+        F.get(F.array(*[F.lit(one) for one in STATUSES]), F.col("status")).alias("reason"),
+        "user_id",
+        F.timestamp_micros("t").alias("event_time"),
+        "row",
+    )
+
+
+def _snapshots(
+    raw: RawTable,
+    config: InstructueConfig,
+    name: str | None,
+    columns: tuple[str, ...],
+    status: Column,
+    user_time: tuple[Column, Column],
+    numeric: list[Column],
+    texts: list[Column],
+) -> DataFrame:
+    values = F.array(*numeric).cast("array<float>")
+    words = F.array(*texts).cast("array<string>")
+    present = F.size(F.filter(F.col("numeric"), lambda one: ~F.isnan(one)))
+    present = present + F.size(F.filter(F.col("texts"), lambda one: one.isNotNull()))
+    kept = F.col("status") == IN_WINDOW
+    judged = raw.frame.select("*", *_judgement(status, *user_time))
+    return judged.select(
+        *_identity(config, name),
+        F.when(kept, _row_hash(raw, columns)).alias("row_hash"),
+        F.when(kept, values).alias("numeric"),
+        F.when(kept, words).alias("texts"),
+        _quarantined_row(raw, columns).alias("row"),
+    ).withColumn("present", present)
+
+
+def _judgement(status: Column, user: Column, time: Column) -> list[Column]:
+    """The verdict and what it was based on, beside the raw columns."""
+    return [status.alias("status"), user.alias("__user"), time.alias("__time")]
+
+
+def _identity(config: InstructueConfig, name: str | None) -> list[Column]:
+    """`src, status, bucket, user_id, t` of judged rows."""
+    src = ROSTER if name is None else config.source_names.index(name)
+    kept, refused = F.col("status") == IN_WINDOW, F.col("status") >= FIRST_QUARANTINED
+    user, time = F.col("__user"), F.col("__time")
+    return [
+        F.lit(src).alias("src"),
+        F.col("status"),
+        F.when(kept, bucket_of(user, config.output.buckets)).alias("bucket"),
+        F.when(kept, user).when(refused, F.make_valid_utf8(user)).alias("user_id"),
+        F.when(kept | refused, time).alias("t"),
+    ]
+
+
+def bucket_of(user_id: Column, buckets: int) -> Column:
+    """The bucket of a user: `pmod(xxhash64(user_id), buckets)`."""
+    return F.pmod(F.xxhash64(user_id), F.lit(buckets)).cast("int")
+
+
+def _quarantine_status(user: Column, time: Column, broken: Column) -> Column:
+    """The first matching reason; callers add the statuses of sound rows."""
+    codes = {name: F.lit(code) for code, name in enumerate(STATUSES)}
+    impossible = (time < F.lit(to_micros(EARLIEST))) | (time >= F.lit(to_micros(LATEST)))
+    return (
+        F.when(user.isNull() | (F.btrim(user, F.lit(BLANK)) == ""), codes["null_user"])
+        .when(time.isNull(), codes["null_time"])
+        .when(impossible, codes["impossible_time"])
+        .when(broken | ~F.is_valid_utf8(user), codes["broken_value"])
+    )
+
+
+def _user_column(raw: RawTable, name: str) -> Column:
+    kind = raw.types[name]
+    if isinstance(kind, FloatType | DoubleType | BinaryType | ArrayType | MapType | StructType):
+        raise SchemaError(
+            f"{raw.where}: user column {name} has type {kind.simpleString()}",
+            "use a string or integer column: 1.0 and 1 would be two users",
+        )
+    return column(name).cast("string")
+
+
+def _time_column(raw: RawTable, name: str, zone: str) -> Column:
+    """Microseconds since the epoch; relies on the session's time zone being UTC."""
+    kind, value = raw.types[name], column(name)
+    if isinstance(kind, TimestampType):
+        return F.unix_micros(value)
+    if isinstance(kind, DateType):
+        # Dates reach further than timestamps; what is cut off here is quarantined either way.
+        value = F.greatest(F.least(value, F.lit("9999-12-31").cast("date")), F.lit("0001-01-01").cast("date"))
+        value = F.when(column(name).isNotNull(), value)
+    elif not isinstance(kind, TimestampNTZType):
+        raise SchemaError(
+            f"{raw.where}: time column {name} has type {kind.simpleString()}, not timestamp",
+            "convert it where the table is written, or name a view that does (to_timestamp, timestamp_seconds)",
+        )
+    local = value.cast("timestamp")
+    if zone == "UTC":
+        return F.unix_micros(local)
+    try:
+        ZoneInfo(zone)
+    except (KeyError, ValueError, OSError):
+        raise ConfigError(f"{raw.where}: unknown time zone {zone!r}", "write it like Europe/Berlin or UTC") from None
+    return F.unix_micros(F.to_utc_timestamp(local, zone))
+
+
+def _numeric(raw: RawTable, name: str) -> Column:
+    kind = raw.types[name]
+    if not isinstance(kind, NumericType):
+        raise SchemaError(
+            f"{raw.where}: numeric column {name} has type {kind.simpleString()}",
+            "list it under `categorical`, or convert it to a number",
+        )
+    value = column(name).cast("float")
+    return F.when(render.is_finite(value), value).otherwise(F.lit(float("nan")).cast("float"))
+
+
+def _row_hash(raw: RawTable, names: tuple[str, ...]) -> Column:
+    """64-bit hash of some columns. `xxhash64` skips nulls, so each column brings whether it is null."""
+    pieces: list[Column] = []
+    for name in names:
+        value = column(name)
+        if isinstance(raw.types[name], ArrayType | MapType | StructType):
+            value = value.cast("string")
+        pieces += [value, value.isNull()]
+    return F.xxhash64(*pieces)
+
+
+def _quarantined_row(raw: RawTable, names: tuple[str, ...]) -> Column:
+    """JSON of the named columns of a quarantined row, for whoever mends the table."""
+    values = []
+    for name in names:
+        text = F.left(column(name).cast("string"), F.lit(_QUARANTINE_VALUE_CHARS))
+        values.append(
+            (F.make_valid_utf8(text) if isinstance(raw.types[name], StringType | BinaryType) else text).alias(name)
+        )
+    document = F.to_json(F.struct(*values), {"ignoreNullFields": "false"})
+    return F.when(F.col("status") >= FIRST_QUARANTINED, F.left(document, F.lit(_QUARANTINE_ROW_CHARS)))
+
+
+def count_statuses(frame: DataFrame) -> dict[tuple[int, int], int]:
+    """Rows by `(src, status)`."""
+    rows = frame.groupBy("src", "status").count().collect()
+    return {(cast(int, row[0]), cast(int, row[1])): cast(int, row[2]) for row in rows}

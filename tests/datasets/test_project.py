@@ -1,0 +1,104 @@
+"""Project folders are complete, load, and are never half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from instructue_feast.config import load_config
+from instructue_feast.datasets.project import TEMPLATES, project_files, render_config, replacing, write_project
+from instructue_feast.errors import ConfigError, StorageError
+
+FEATURE_REPO = Path(__file__).parents[2] / "feature_repo"
+
+
+@pytest.mark.parametrize("name", ["instructue.yaml", "feature_store.yaml", "definitions.py"])
+def test_the_feature_repo_is_the_template_pointed_at_the_demo(name: str) -> None:
+    files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output")
+    assert (FEATURE_REPO / name).read_text(encoding="utf-8") == files[name]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_loads_with_paths_inside_its_folder(tmp_path: Path, template: str) -> None:
+    config = load_config(write_project(tmp_path, template))
+    assert config.project == template
+    assert len(config.instructions) == 3
+    assert config.output.path == str(tmp_path / "output")
+    assert {source.table.path for source in config.sources.values()} == {
+        str(tmp_path / "raw" / name) for name in config.sources
+    }
+
+
+def test_raw_tables_and_output_can_live_elsewhere(tmp_path: Path) -> None:
+    config = load_config(write_project(tmp_path / "project", "synthetic", raw="../lake", output="s3://bucket/out"))
+    assert config.sources["spm"].table.path == str(tmp_path / "lake" / "spm")
+    assert config.users is not None
+    assert config.users.table.path == str(tmp_path / "lake" / "users")
+    assert config.output.path == "s3://bucket/out"
+
+
+def test_the_feature_store_settings_are_accepted_by_feast(tmp_path: Path) -> None:
+    from feast.repo_config import load_repo_config
+
+    write_project(tmp_path, "complete_journey")
+    settings = load_repo_config(tmp_path, tmp_path / "feature_store.yaml")
+    assert settings.entity_key_serialization_version == 3
+    assert settings.registry.serve_features_while_materializing is True
+    assert settings.materialization_config.online_write_batch_size == 10_000
+    assert settings.offline_store.type == "duckdb"
+    assert settings.online_store.type == "sqlite"
+
+
+def test_a_config_somebody_changed_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    config = write_project(tmp_path, "synthetic")
+    write_project(tmp_path, "synthetic")
+    assert not list(tmp_path.glob("*.bak"))
+    config.write_text("project: mine\n", encoding="utf-8")
+    write_project(tmp_path, "synthetic")
+    assert (tmp_path / "instructue.yaml.bak").read_text(encoding="utf-8") == "project: mine\n"
+    assert config.read_text(encoding="utf-8") == render_config("synthetic")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "definitions.py", "feature_store.yaml", "instructue.yaml", "instructue.yaml.bak",
+    ]  # fmt: skip
+
+
+def test_an_unknown_template_is_refused_with_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown project template") as error:
+        write_project(tmp_path, "syntetic")
+    assert "did you mean synthetic?" in error.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_project_where_no_folder_can_be_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_project(tmp_path / "file", "synthetic")
+
+
+def _write_half(target: Path) -> None:
+    with replacing(target) as scratch:
+        (scratch / "half").touch()
+        (scratch / "other half").write_text(str(1 / 0), encoding="utf-8")
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "raw"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(ZeroDivisionError):
+        _write_half(target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["raw", "old"]
+    with replacing(target) as scratch:
+        (scratch / "new").touch()
+        assert (target / "old").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["raw", "new"]
+
+
+def test_templates_explain_themselves_and_stay_short() -> None:
+    for template in TEMPLATES:
+        lines = render_config(template).splitlines()
+        assert lines[0].startswith("# ")
+        assert len(lines) < 100
+        assert yaml.safe_load("\n".join(lines))["project"] == template

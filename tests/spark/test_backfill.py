@@ -1,0 +1,254 @@
+"""The backfill job in this process, with tiny models: what a run holds and what is left when it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from instructue_feast.config import InstructueConfig
+from instructue_feast.errors import (
+    ConfigError,
+    DataError,
+    InvalidEmbeddingError,
+    RunConflictError,
+    StorageError,
+    UnsafeArtifactError,
+    VersionMismatchError,
+)
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.inference.from_run import check_run_model, open_embedder
+from instructue_feast.model.factory import load_model
+from instructue_feast.runs.manifest import RunManifest
+from instructue_feast.runs.publish import current_publication
+from instructue_feast.runs.reader import read_run
+from instructue_feast.runs.store import OutputStore
+from instructue_spark.backfill import BackfillRequest, run_backfill
+from instructue_spark.report import Reporter
+from tests.projects import AS_OF, NUM_USERS, load, make_project, write_table
+
+pytestmark = pytest.mark.spark
+
+SILENT = Reporter(stream=None)
+
+
+def backfill(spark, config: InstructueConfig, **values) -> RunManifest:
+    return run_backfill(spark, BackfillRequest(config=config, as_of=values.pop("as_of", AS_OF), **values), SILENT)
+
+
+def vectors(config: InstructueConfig, run_id: str) -> dict[str, np.ndarray]:
+    """Vectors by user, `[instructions, dim]`."""
+    rows = read_run(OutputStore(config.output.path), run_id).to_pylist()
+    names = [one.id for one in config.instructions]
+    return {row["user_id"]: np.asarray([row[name] for name in names], np.float32) for row in rows}
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and "lock" not in path.name
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def done(spark, models, tmp_path_factory) -> tuple[InstructueConfig, RunManifest]:
+    """One finished, published backfill, shared by the tests that only look."""
+    folder = tmp_path_factory.mktemp("shop")
+    make_project(folder, models)
+    config = load(folder)
+    return config, backfill(spark, config, run_id="first")
+
+
+@pytest.fixture
+def project(models, tmp_path) -> InstructueConfig:
+    make_project(tmp_path, models)
+    return load(tmp_path)
+
+
+def test_every_user_gets_a_unit_vector_per_instruction_even_without_events(done):
+    config, run = done
+    found = vectors(config, run.run_id)
+    assert set(found) == {f"u{user}" for user in range(NUM_USERS)}
+    assert all(np.allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5) for one in found.values())
+    assert run.users == NUM_USERS
+    assert sum(marker.rows for marker in run.buckets) == NUM_USERS
+    assert run.tokens > NUM_USERS * 10
+    assert not run.trained
+
+
+def test_instructions_and_users_differ(done):
+    config, run = done
+    found = np.stack(list(vectors(config, run.run_id).values()))
+    assert np.abs(found[:, 0] - found[:, 1]).max() > 1e-3
+    assert np.abs(found - found[:1]).max() > 1e-3
+
+
+def test_a_run_is_published_under_views_named_after_instruction_and_version(done):
+    config, run = done
+    publication = current_publication(OutputStore(config.output.path))
+    assert publication is not None
+    assert publication.run_id == run.run_id
+    assert {view.name for view in publication.views} == {one.view for one in run.instructions}
+
+
+def test_a_run_equals_a_direct_encode_with_the_model_it_carries(done):
+    config, run = done
+    store = OutputStore(config.output.path)
+    embedder = open_embedder(store, run.run_id)
+    assert check_run_model(store, run.run_id, config, embedder).run_id == run.run_id
+    files = store.fs.glob(store.path("extracts", run.extract_id, "history", "bucket=*", "*.parquet"))
+    history = PackedHistory.from_arrow(
+        ds.dataset(files).to_table(), num_sources=len(config.source_names), num_numeric=len(config.numeric_columns)
+    )
+    direct = embedder.encode(history, config.registry().select(None))
+    served = vectors(config, run.run_id)
+    assert np.abs(direct - np.stack([served[user] for user in history.user_ids])).max() < 1e-5
+
+
+def test_a_run_made_by_another_model_is_refused(done, tmp_path):
+    config, run = done
+    store = OutputStore(config.output.path)
+    embedder = open_embedder(store, run.run_id)
+    other = dataclasses.replace(config, history=dataclasses.replace(config.history, days=30))
+    with pytest.raises(VersionMismatchError, match=f"run {run.run_id} was made by model version"):
+        check_run_model(store, run.run_id, other, embedder)
+    copy = OutputStore(str(tmp_path))
+    shutil.copytree(store.path("runs", run.run_id), copy.path("runs", run.run_id))
+    weights = Path(copy.path("runs", run.run_id, "model", "model.safetensors"))
+    tensors = load_file(weights)
+    save_file({name: value + 1 for name, value in tensors.items()}, weights)
+    with pytest.raises(VersionMismatchError, match="soft-token table was built with model"):
+        open_embedder(copy, run.run_id)
+
+
+def test_the_encoder_runs_once_per_distinct_text_ever(spark, project):
+    first = backfill(spark, project)
+    assert first.texts_encoded == first.distinct_texts > 0
+    again = backfill(spark, project)
+    assert again.texts_encoded == 0
+    assert again.digest == first.digest
+    folder = Path(project.output.path) / "event_vectors"
+    stored = ds.dataset(list(map(str, folder.rglob("*.parquet")))).to_table().column("text_id").to_pylist()
+    assert len(stored) == len(set(stored)) == first.distinct_texts
+    raw = Path(project.output.path).parent
+    write_table(raw, "search", [{"customer": "u1", "at": AS_OF.replace(day=1, month=2), "words": "something new"}])
+    third = backfill(spark, project)
+    assert third.texts_encoded == 1
+
+
+def test_the_number_of_buckets_does_not_change_an_embedding(spark, done, models, tmp_path):
+    config, run = done
+    make_project(tmp_path, models, buckets=1)
+    other = backfill(spark, load(tmp_path), run_id="one-bucket")
+    one, four = vectors(load(tmp_path), other.run_id), vectors(config, run.run_id)
+    assert max(np.abs(one[user] - four[user]).max() for user in four) < 1e-5
+
+
+def test_a_second_backfill_of_the_same_run_is_refused_and_the_first_stays(spark, done):
+    config, run = done
+    before = everything_below(Path(config.output.path))
+    with pytest.raises(RunConflictError, match="first"):
+        backfill(spark, config, run_id=run.run_id)
+    assert everything_below(Path(config.output.path)) == before
+
+
+def test_an_extract_can_be_embedded_for_one_instruction_only(spark, done):
+    config, run = done
+    other = backfill(
+        spark, config, extract_id=run.extract_id, instructions=["taste"], publish=False, run_id="taste-only"
+    )
+    assert [one.id for one in other.instructions] == ["taste"]
+    assert other.instructions[0].embedding_version == run.instructions[1].embedding_version
+    publication = current_publication(OutputStore(config.output.path))
+    assert publication is not None
+    assert publication.run_id == run.run_id
+
+
+def test_an_extract_of_other_settings_is_refused(spark, done):
+    config, run = done
+    other = dataclasses.replace(config, history=dataclasses.replace(config.history, days=30))
+    with pytest.raises(VersionMismatchError, match="leave --extract out"):
+        backfill(spark, other, extract_id=run.extract_id)
+
+
+def assert_nothing_left(config: InstructueConfig) -> None:
+    store = OutputStore(config.output.path)
+    assert store.names("runs") == []
+    assert current_publication(store) is None
+
+
+def test_an_unknown_instruction_is_refused_before_anything_is_written(spark, project):
+    with pytest.raises(ConfigError, match="unknown instruction"):
+        backfill(spark, project, instructions=["chrun"])
+    assert not Path(project.output.path).exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(spark, project):
+    config = dataclasses.replace(project, output=dataclasses.replace(project.output, min_free_gib=1e9))
+    with pytest.raises(StorageError, match="GiB are free"):
+        backfill(spark, config)
+    assert not Path(project.output.path).exists()
+
+
+def saved_model(config: InstructueConfig, folder: Path) -> InstructueConfig:
+    load_model(config).save_pretrained(folder)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def test_a_saved_model_gives_the_embeddings_of_the_model_that_was_saved(spark, done, tmp_path):
+    config, run = done
+    path = saved_model(config, tmp_path / "model")
+    other = backfill(spark, path, extract_id=run.extract_id, publish=False, run_id="saved-model")
+    assert other.digest == run.digest
+    assert other.model_version == run.model_version
+
+
+def test_a_model_folder_without_weights_or_with_pickled_ones_is_refused(spark, project, tmp_path):
+    config = saved_model(project, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.unlink()
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        backfill(spark, config)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UnsafeArtifactError):
+        backfill(spark, config)
+    assert_nothing_left(config)
+    assert not (Path(config.output.path) / "extracts").exists()
+
+
+def test_a_model_of_other_sources_is_refused(spark, project, tmp_path):
+    config = saved_model(project, tmp_path / "model")
+    fewer = dataclasses.replace(config, sources={name: config.sources[name] for name in ("bill", "search")})
+    with pytest.raises(VersionMismatchError, match="was made for sources"):
+        backfill(spark, fewer)
+    assert_nothing_left(config)
+
+
+def test_broken_weights_never_reach_a_run(spark, project, tmp_path):
+    config = saved_model(project, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("projection"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, file)
+    with pytest.raises(InvalidEmbeddingError, match="NaN"):
+        backfill(spark, config)
+    assert_nothing_left(config)
+
+
+def test_a_missing_raw_table_leaves_nothing_behind(spark, project):
+    shutil.rmtree(Path(project.output.path).parent / "raw" / "search")
+    with pytest.raises(DataError, match="search"):
+        backfill(spark, project)
+    assert_nothing_left(project)
+    assert OutputStore(project.output.path).names("extracts") == []
