@@ -50,7 +50,14 @@ class Measurement:
 
 
 def measure(
-    name: str, variant: str, values: Sequence[float], *, scale: str, metric: str, unit: str, packages: Sequence[str] = ()
+    name: str,
+    variant: str,
+    values: Sequence[float],
+    *,
+    scale: str,
+    metric: str,
+    unit: str,
+    packages: Sequence[str] = (),
 ) -> Measurement:
     """Makes a stamped row out of repeated values."""
     p20, p50, p80 = (float(f"{one:.6g}") for one in np.quantile(np.asarray(values, float), [0.2, 0.5, 0.8]))
@@ -60,7 +67,9 @@ def measure(
     )  # fmt: skip
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1
+) -> dict[str, list[float]]:
     """Times functions in turns, so that whatever else the machine does touches all of them alike.
 
     Args:

@@ -116,7 +116,9 @@ def prepare(args: argparse.Namespace) -> tuple[UserEmbedder, PackedHistory]:
     table = SoftTokenTable.build(model, np.concatenate(ids), np.repeat(np.arange(len(sources)), 100), vectors)
     sizes = np.array(list(TEXTS_PER_USER.values()))
     total = args.users * int(sizes.sum())
-    chosen = [rng.choice(ids[source], size, replace=False) for _ in range(args.users) for source, size in enumerate(sizes)]
+    chosen = [
+        rng.choice(ids[source], size, replace=False) for _ in range(args.users) for source, size in enumerate(sizes)
+    ]
     history = PackedHistory(
         user_ids=[f"user-{index}" for index in range(args.users)],
         as_of_us=np.zeros(args.users, np.int64),

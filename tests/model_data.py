@@ -38,7 +38,11 @@ INSTRUCTIONS = tuple(
 def make_model(llm: str, encoder: str, *, seed: int = 0, embedding_dim: int = 16) -> InstructUEModel:
     """An untrained model over `SOURCES`."""
     return untrained(
-        encoders=dict.fromkeys(SOURCES, encoder), numeric_columns=NUMERIC, llm=llm, embedding_dim=embedding_dim, seed=seed
+        encoders=dict.fromkeys(SOURCES, encoder),
+        numeric_columns=NUMERIC,
+        llm=llm,
+        embedding_dim=embedding_dim,
+        seed=seed,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -148,7 +149,8 @@ class SoftTokenTable:
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write {target}: {error}", "free disk space or mend the rights") from None
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> SoftTokenTable:

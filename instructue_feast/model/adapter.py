@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from instructue_kernels.adapter import adapter
 from torch import nn
 
 from instructue_feast.model.seeding import fill_normal
+from instructue_kernels.adapter import adapter
 
 # N = texts, D = encoder size, M = middle size, H = hidden size of the LLM, B = users, C = numeric columns, G = groups
 

@@ -63,6 +63,8 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if not isinstance(self.sources or [], list | tuple):
+            raise TypeError(f"sources must be a list of names, not {type(self.sources).__name__}")
         self.sources = list(self.sources or [])
         self.numeric_columns = [list(one) for one in self.numeric_columns or []]
         self.encoders = dict(self.encoders or {})

@@ -16,11 +16,12 @@ import pytest
 from instructue_feast.config import load_config
 from instructue_feast.datasets import DatasetSummary, complete_journey, write_complete_journey
 from instructue_feast.datasets.complete_journey import choose_households
-from instructue_feast.datasets.journey_tables import snapshot_times
+from instructue_feast.datasets.journey_tables import Journey, _placements, _promotion_key, snapshot_times
 from instructue_feast.errors import ConfigError, DataError, MissingDependencyError, StorageError
 from instructue_feast.schema import TIMESTAMP
 
 DATA = complete_journey._data_folder()
+VISIT = ["household_id", "purchased_at"]
 
 
 def raw(summary: DatasetSummary, name: str) -> pa.Table:
@@ -118,10 +119,28 @@ def test_exposures_are_exactly_the_lines_with_a_promotion_in_that_store_and_week
         assert ("front page feature" in found[line]) == (mailer == "D")
 
 
+@pytest.fixture(scope="module")
+def everybody() -> Journey:
+    return Journey.read(DATA, choose_households(DATA, None, seed=0))
+
+
+def test_of_a_product_on_display_in_two_places_one_is_kept(everybody: Journey) -> None:
+    listed_twice = _promotion_key([826249], [361], [18])  # with display codes 9 and 0, both with mailer code A
+    _, placement = everybody._promotions(listed_twice)
+    assert [_placements()[code] for code in placement] == [
+        "on secondary location display and in the mailer, interior page feature"
+    ]
+
+
+def test_every_redemption_of_the_year_has_a_visit(everybody: Journey) -> None:
+    visits = {(row["household_id"], row["purchased_at"]) for row in everybody.lines.select(VISIT).to_pylist()}
+    redemptions = everybody.search().to_pylist()
+    assert len(redemptions) == 2102
+    assert all((row["household_id"], row["redeemed_at"]) in visits for row in redemptions)
+
+
 def test_a_redemption_happens_at_a_visit_of_that_store_day(journey: DatasetSummary) -> None:
-    visits = set(
-        zip(*(raw(journey, "bill")[name].to_pylist() for name in ("household_id", "purchased_at")), strict=True)
-    )
+    visits = {(row["household_id"], row["purchased_at"]) for row in raw(journey, "bill").select(VISIT).to_pylist()}
     redemptions = raw(journey, "search").to_pylist()
     for row in redemptions:
         assert (row["household_id"], row["redeemed_at"]) in visits
