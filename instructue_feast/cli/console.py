@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,11 @@ from rich.table import Table
 
 from instructue_feast.errors import InstructueError
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+PIPED_WIDTH = 120
+"""Columns when the output is no terminal; rich would take 80 and cut words."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="The project's instructue.yaml.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,8 @@ from instructue_feast.template import bucket_labels
 
 PARITY_USERS = 20
 NEIGHBOURS = 5
+MIN_HEAD = 4
+"""A user's favourite must stand in this many distinct texts, so that a single odd purchase does not count."""
 _COLOURS = ("#1b6ca8", "#c8553d", "#4c956c", "#8d6a9f", "#b58900", "#5c6b73")
 
 
@@ -96,13 +99,24 @@ def _typical_user(history: PackedHistory) -> int:
 
 
 def _favourite(history: PackedHistory, texts: dict[int, str]) -> dict[str, str]:
-    """What each user buys most: the first words (up to the colon) of the user's texts of the first source."""
+    """What each user buys more of than others do: the head (up to the colon) of texts of the first source, by lift.
+
+    The most frequent head would be groceries for nearly everybody.
+    """
+    heads = [
+        Counter(
+            texts[int(text)].split(":")[0]
+            for text, source in zip(history.text_id[a:b], history.source_index[a:b], strict=True)
+            if source == 0
+        )
+        for a, b in itertools.pairwise(history.offsets)
+    ]
+    everybody = sum(heads, Counter[str]())
     favourite = {}
-    for row, user in enumerate(history.user_ids):
-        span = slice(int(history.offsets[row]), int(history.offsets[row + 1]))
-        first = history.source_index[span] == 0
-        heads = Counter(texts[int(text)].split(":")[0] for text in history.text_id[span][first])
-        favourite[user] = heads.most_common(1)[0][0] if heads else "nothing"
+    for user, own in zip(history.user_ids, heads, strict=True):
+        often = [name for name, count in own.items() if count >= MIN_HEAD] or list(own)
+        best = max(often, key=lambda name: (own[name] / everybody[name], name), default="nothing")
+        favourite[user] = best
     return favourite
 
 
@@ -124,7 +138,7 @@ def _sections(
             {
                 "text": texts[int(history.text_id[token])],
                 "count": "" if tabular else counts[history.count_bucket[token]],
-                "age": "" if tabular else f"{ages[history.age_bucket[token]]} days ago",
+                "age": "" if tabular else f"{ages[history.age_bucket[token]]} d ago",
             }
             for token in reversed(chosen)
         ]

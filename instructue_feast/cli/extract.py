@@ -42,7 +42,7 @@ def extract(
 
 def print_counts(manifest: dict[str, Any]) -> None:
     """Prints what became of the raw rows of every source."""
-    columns = ["source", "read", "kept", "duplicates", "at or after as_of", "before window", "quarantined"]
+    columns = ["source", "read", "kept", "duplicate or superseded", "at or after as_of", "before window", "quarantined"]
     rows = []
     for name, counts in manifest["counts"].items():
         refused = ", ".join(f"{reason}: {count:,}" for reason, count in counts["quarantined"].items() if count) or "0"

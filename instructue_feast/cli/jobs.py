@@ -86,7 +86,7 @@ class StageDisplay:
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
         )
-        self._progress = Progress(*columns, console=err, disable=quiet, transient=True)
+        self._progress = Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True)
         self._quiet = quiet
         self._tasks: dict[str, Any] = {}
 

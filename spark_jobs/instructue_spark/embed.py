@@ -7,7 +7,6 @@ worker that made it: the Parquet file first, the marker last, so a finished buck
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -95,13 +94,13 @@ def encode_new_texts(
     Raises:
         DataError: The encoder returned another number of vectors than it was given texts.
     """
-    from instructue_feast.model.encoders import TextEncoder
+    from instructue_feast.model.encoders import describe_encoder
 
     with reporter.stage("encode") as stage:
         stage.rows_in = extract.distinct_texts
         phrasebook = spark.read.parquet(store.url("extracts", extract.extract_id, "phrasebook"))
         for encoder_name, sources in _sources_by_encoder(config).items():
-            version = TextEncoder.load(encoder_name).version
+            version = describe_encoder(encoder_name).version
             texts = phrasebook.where(F.col("source").isin(sources)).select("text_id", "text")
             known = _complete_vector_folders(store, version)
             if known:
@@ -187,25 +186,21 @@ def build_soft_tokens(
         DataError: A text of the phrasebook has no event vector.
     """
     from instructue_feast.inference.soft_tokens import SoftTokenTable
-    from instructue_feast.model.artifacts import local_folder
-    from instructue_feast.model.encoders import TextEncoder
+    from instructue_feast.model.encoders import describe_encoder
 
     phrasebook = ds.dataset(store.path("extracts", extract.extract_id, "phrasebook"), filesystem=store.fs)
     phrases = phrasebook.to_table(columns=["source", "text_id"])
     text_ids, source_index, vectors = [], [], {}
     for index, name in enumerate(config.source_names):
         wanted = phrases.filter(pc.field("source") == name).column("text_id").combine_chunks()
-        version = TextEncoder.load(config.encoder_of(name)).version
+        version = describe_encoder(config.encoder_of(name)).version
         text_ids.append(wanted.to_numpy())
         source_index.append(np.full(len(wanted), index, dtype=np.int32))
         vectors[name] = _aligned_vectors(store, version, wanted)
     table = SoftTokenTable.build(model, np.concatenate(text_ids), np.concatenate(source_index), vectors)
     with tempfile.TemporaryDirectory() as scratch:
         table.save(Path(scratch) / "soft_tokens.safetensors")
-        if config.model.path is None:
-            model.save_pretrained(Path(scratch) / "model")
-        else:  # as it was saved: in this process LoRA is merged, which cannot be undone
-            shutil.copytree(local_folder(config.model.path, kind="model"), Path(scratch) / "model")
+        model.save_pretrained(Path(scratch) / "model")
         store.fs.put(f"{scratch}/", store.path("runs", run_id) + "/", recursive=True)
     return len(phrases)
 

@@ -18,16 +18,18 @@ from datetime import UTC, datetime
 from functools import reduce
 from typing import Any, NoReturn
 
+import pyarrow.parquet as pq
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from instructue_feast import schema
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, new_id, parse_as_of, to_json
 from instructue_feast.runs.store import OutputStore
 from instructue_spark import history, sources
-from instructue_spark.io import spark_errors
+from instructue_spark.io import spark_errors, spark_schema
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session, settle
 from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, ROSTER, STATUSES
@@ -104,16 +106,15 @@ class _Job:
     def run(self, extract_id: str, started: float) -> ExtractManifest:
         config, names = self.config, self.config.source_names
         with self.reporter.stage("sources") as stage:
-            events, snapshots, counts = self._canonical()
+            events, snapshots, counts, kept = self._canonical()
             stage.rows_in, stage.rows_out = sum(counts.values()), _total(counts, IN_WINDOW)
-            self._write_quarantine([one for one in (events, snapshots) if one is not None])
+            self._write_quarantine([one for one in (events, snapshots) if one is not None], counts)
         with self.reporter.stage("phrasebook") as stage:
             selected = tokens = None
             if snapshots is not None:
                 selected = self._cache(history.select_snapshots(snapshots))
                 tokens = history.snapshot_tokens(selected, config)
-            texts = history.build_texts(events, tokens, config)
-            self.caches.extend(texts.caches)
+            texts = history.build_texts(self._cache(history.rendered_texts(events, tokens, config)))
             texts.phrasebook.write.parquet(self.store.url(*self.folder, "phrasebook"))
             stage.rows_in, stage.rows_out = _total(counts, IN_WINDOW), texts.num_texts
         with self.reporter.stage("history") as stage:
@@ -122,11 +123,9 @@ class _Job:
             if selected is not None and tokens is not None:
                 other = history.pack_snapshots(selected, tokens, texts, config)
             packed = history.packed_history(half, other, config, self.as_of)
-            users, num_tokens, kept = self._write_history(packed)
+            users, num_tokens, kept_events = self._write_history(packed)
+            kept.update(kept_events)
             stage.rows_in, stage.rows_out = _total(counts, IN_WINDOW), users
-        if selected is not None:
-            rows = selected.groupBy("src").count().collect()
-            kept.update({int(row[0]): int(row[1]) for row in rows})
         indexes = {**dict(enumerate(names)), **({ROSTER: ROSTER_NAME} if config.users else {})}
         return ExtractManifest(
             extract_id=extract_id,
@@ -143,17 +142,19 @@ class _Job:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def _canonical(self) -> tuple[DataFrame | None, DataFrame | None, _Counts]:
-        """All canonical rows, cached, and how many there are by source and status."""
+    def _canonical(self) -> tuple[DataFrame | None, DataFrame | None, _Counts, dict[int, int]]:
+        """Events and snapshots, cached; their rows by source and status; kept snapshots by source."""
         spark, config = self.spark, self.config
         events = [sources.canonical_events(spark, name, config, self.as_of) for name in config.event_sources]
         snapshots = [sources.canonical_snapshots(spark, name, config, self.as_of) for name in config.tabular_sources]
         if config.users is not None:
             snapshots.append(sources.canonical_roster(spark, config.users, config))
         unions = [self._cache(reduce(DataFrame.unionByName, group)) if group else None for group in (events, snapshots)]
-        counts: _Counts = {}
-        for union in unions:
-            counts.update({} if union is None else sources.count_statuses(union))
+        counts: _Counts = {} if unions[0] is None else sources.count_statuses(unions[0])
+        kept: dict[int, int] = {}
+        if unions[1] is not None:
+            snapshot_counts, kept = sources.count_snapshots(unions[1])
+            counts.update(snapshot_counts)
         for index, (name, source) in enumerate(config.sources.items()):
             read = sum(number for (src, _), number in counts.items() if src == index)
             if not read and not source.allow_empty:
@@ -166,18 +167,24 @@ class _Job:
                 f"no source has a row before {self.as_of.isoformat()} and inside its window, and no user is listed",
                 "check as_of, `history.days` and the `where` conditions",
             )
-        return unions[0], unions[1], counts
+        return unions[0], unions[1], counts, kept
 
-    def _write_quarantine(self, frames: list[DataFrame]) -> None:
-        rows = sources.quarantine(frames, self.config.source_names)
-        rows.write.parquet(self.store.url(*self.folder, "quarantine"))
+    def _write_quarantine(self, frames: list[DataFrame], counts: _Counts) -> None:
+        if any(status >= FIRST_QUARANTINED for _, status in counts):
+            rows = sources.quarantine(frames, self.config.source_names)
+            rows.write.parquet(self.store.url(*self.folder, "quarantine"))
+            return
+        folder = self.store.path(*self.folder, "quarantine")
+        self.store.fs.makedirs(folder, exist_ok=True)
+        pq.write_table(schema.QUARANTINE.empty_table(), f"{folder}/part-0.parquet", filesystem=self.store.fs)
 
     def _write_history(self, packed: DataFrame) -> tuple[int, int, dict[int, int]]:
         """Writes the packed history and reads back its users, tokens, and kept events by source."""
         url = self.store.url(*self.folder, "history")
         packed.sortWithinPartitions("bucket", "user_id").write.partitionBy("bucket").parquet(url)
         sums = [F.sum(F.get("num_events", index)) for index in range(len(self.config.source_names))]
-        row = self.spark.read.parquet(url).agg(F.count("*"), F.sum(F.size("text_id")), *sums).collect()[0]
+        written = self.spark.read.schema(spark_schema(schema.PACKED_HISTORY)).parquet(url)
+        row = written.agg(F.count("*"), F.sum(F.size("text_id")), *sums).collect()[0]
         names = enumerate(self.config.source_names)
         kept = {index: int(row[2 + index]) for index, name in names if name in self.config.event_sources}
         return int(row[0]), int(row[1]), kept

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
 
-from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window, WindowSpec
 from pyspark.sql import functions as F
 
@@ -33,16 +32,14 @@ class Texts:
     """The distinct texts of an extract.
 
     Attributes:
-        phrasebook: `source, text_id, text`, one row per text, cached.
-        changed: `raw_id, text_id` of the rendered texts that `normalise` changed; `None` when there is none.
+        phrasebook: `source, text_id, text`, one row per text.
         num_texts: Rows of the phrasebook.
-        caches: Frames to unpersist when done.
+        changed: `raw_id, text_id` of the rendered texts that `normalise` changed; `None` when there is none.
     """
 
     phrasebook: DataFrame
-    changed: DataFrame | None
     num_texts: int
-    caches: tuple[DataFrame, ...]
+    changed: DataFrame | None
 
 
 def select_snapshots(snapshots: DataFrame) -> DataFrame:
@@ -67,43 +64,46 @@ def snapshot_tokens(selected: DataFrame, config: InstructueConfig) -> DataFrame:
     )
 
 
-def build_texts(events: DataFrame | None, tokens: DataFrame | None, config: InstructueConfig) -> Texts:
-    """Normalises every distinct rendered text once.
+def rendered_texts(events: DataFrame | None, tokens: DataFrame | None, config: InstructueConfig) -> DataFrame:
+    """Every distinct rendered text, normalised once: `raw_id, source, text_id, text` (`render.NORMALISED_TEXTS`).
 
     Args:
         events: Canonical events.
         tokens: `snapshot_tokens`.
         config: The project.
-
-    Raises:
-        DataError: Two different texts have the same 64-bit id.
     """
     columns = ("src", "raw_id", "text")
     parts = [] if events is None else [events.where(F.col("status") == IN_WINDOW).select(*columns)]
     parts += [] if tokens is None else [tokens.select(*columns)]
     raw = reduce(DataFrame.union, parts).distinct()
-    normalised = raw.mapInArrow(render.normaliser(config.source_names), spark_schema(render.NORMALISED_TEXTS))
-    normalised = normalised.persist(StorageLevel.MEMORY_AND_DISK)
-    book = normalised.select("source", "text_id", "text").distinct().persist(StorageLevel.MEMORY_AND_DISK)
-    caches = (normalised, book)
-    try:
-        # Tokens are joined by id alone, so an id must mean one text, over all sources.
-        for frame, key in ((normalised, "raw_id"), (book, "text_id")):
-            _require_unique(frame, key)
-        changed = normalised.where("raw_id != text_id").select("raw_id", "text_id")
-        num_changed = changed.count()
-        if num_changed <= _BROADCAST_ROWS:
-            changed = F.broadcast(changed)
-        return Texts(book, changed if num_changed else None, book.count(), caches)
-    except BaseException:
-        for frame in caches:
-            frame.unpersist()
-        raise
+    return raw.mapInArrow(render.normaliser(config.source_names), spark_schema(render.NORMALISED_TEXTS))
 
 
-def _require_unique(frame: DataFrame, key: str) -> None:
-    if frame.groupBy(key).count().where("count > 1").limit(1).count():
+def build_texts(normalised: DataFrame) -> Texts:
+    """The phrasebook, and which rendered texts have another id in it.
+
+    Args:
+        normalised: `rendered_texts`, cached, because it is read three times.
+
+    Raises:
+        DataError: Two different texts have the same 64-bit id.
+    """
+    row = normalised.agg(
+        F.count("*"),
+        F.count_distinct("raw_id"),
+        F.count_distinct("text_id"),
+        F.count_distinct("source", "text"),
+        F.count_if(F.col("raw_id") != F.col("text_id")),
+    ).collect()[0]
+    num_rendered, num_raw_ids, num_ids, num_texts, num_changed = (int(value) for value in row)
+    # Over all sources, because event vectors are found by the id alone.
+    if num_raw_ids != num_rendered or num_ids != num_texts:
         raise DataError("two different event texts have the same 64-bit id", "change a word in one of the templates")
+    changed = normalised.where("raw_id != text_id").select("raw_id", "text_id")
+    if num_changed <= _BROADCAST_ROWS:
+        changed = F.broadcast(changed)
+    book = normalised.select("source", "text_id", "text").distinct()
+    return Texts(book, num_texts, changed if num_changed else None)
 
 
 def with_text_ids(frame: DataFrame, texts: Texts) -> DataFrame:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import UTC, datetime
-from typing import cast
 from zoneinfo import ZoneInfo
 
 from pyspark.errors import PySparkException
@@ -335,4 +334,11 @@ def _quarantined_row(raw: RawTable, names: tuple[str, ...]) -> Column:
 def count_statuses(frame: DataFrame) -> dict[tuple[int, int], int]:
     """Rows by `(src, status)`."""
     rows = frame.groupBy("src", "status").count().collect()
-    return {(cast(int, row[0]), cast(int, row[1])): cast(int, row[2]) for row in rows}
+    return {(int(src), int(status)): int(number) for src, status, number in rows}
+
+
+def count_snapshots(frame: DataFrame) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
+    """Rows by `(src, status)`, and users in the window by `src`."""
+    rows = frame.groupBy("src", "status").agg(F.count("*"), F.count_distinct("user_id")).collect()
+    counts = {(int(src), int(status)): int(number) for src, status, number, _ in rows}
+    return counts, {int(src): int(users) for src, status, _, users in rows if status == IN_WINDOW}

@@ -38,7 +38,7 @@ def test_eight_instructions_in_one_pass_equal_eight_passes(embedder):
     np.testing.assert_allclose(np.linalg.norm(together, axis=-1), 1, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.permutations(range(len(SIZES))), st.integers(1, 3000))
 def test_company_padding_and_order_of_users_change_nothing(embedder, order, budget):
     whole = embedder.encode(HISTORY, INSTRUCTIONS[:3])

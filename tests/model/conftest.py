@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.model_data import make_model
 from tests.tiny_models import make_tiny_models
@@ -12,6 +13,15 @@ from tests.tiny_models import make_tiny_models
 def _scratch_cache(tmp_path, monkeypatch, request):
     if "real_models" not in request.keywords:
         monkeypatch.setenv("INSTRUCTUE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other are slower than one, at these sizes and on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_every_query_sees_exactly_its_prefix_and_its_own_suffix(users):
 def test_positions_of_every_suffix_go_on_where_the_users_own_prefix_ends(users):
     prefixes, suffixes, prompts = packed(users)
     for user, (prefix, own) in enumerate(zip(prefixes, suffixes, strict=True)):
-        place = {row: position for row, position in zip(prompts.row_BS[user], prompts.position_BS[user], strict=True)}
+        place = dict(zip(prompts.row_BS[user], prompts.position_BS[user], strict=True))
         for one in own:
             line = [*prefix, *one]
             assert [place[row] for row in line] == list(range(len(line)))

@@ -1,0 +1,18 @@
+"""One local Spark session for the whole folder: starting one takes longer than most tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pyspark.sql import SparkSession
+
+from instructue_spark.session import get_session
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    session = get_session("instructue tests", cores=2, driver_memory="1g")
+    session.conf.set("spark.sql.shuffle.partitions", "3")
+    yield session
+    session.stop()
