@@ -55,7 +55,7 @@ bench: setup  ## Run the benchmarks; appends to benchmarks/results/*.csv
 
 constraints: $(VENV)/.installed  ## Rewrite constraints.txt from what .venv holds
 	@{ echo "# The exact versions CI runs; regenerate with 'make constraints'."; \
-	   $(BIN)/pip freeze --exclude-editable | grep -v '^pip==' | sed 's/+cpu//'; } > constraints.txt
+	   $(BIN)/pip freeze --all --exclude-editable 2>/dev/null | grep -v '^pip==' | sed 's/+cpu//'; } > constraints.txt
 
 clean:  ## Remove everything the demo and the tests made; keeps .venv
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse feature_repo/data

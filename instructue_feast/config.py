@@ -1,7 +1,8 @@
 """`instructue.yaml`: the sources, instructions, model and output of a project.
 
 The YAML is validated straight into frozen, slotted dataclasses; unknown keys are refused with the keys that exist.
-`${NAME}` and `${NAME:-default}` are replaced from the environment. Relative paths are relative to the YAML file.
+`${NAME}` and `${NAME:-default}` are replaced from the environment. Relative paths are relative to the YAML file; a
+model name is a path when it starts with `./`, `../` or `~`.
 """
 
 from __future__ import annotations
@@ -199,15 +200,17 @@ class OutputConfig:
 
     Attributes:
         path: Root of everything this project writes.
-        buckets: Files a run is cut into by a hash of the user id; the unit of work and of resuming.
+        buckets: Files a run is cut into by a hash of the user id; the unit of work.
         min_free_gib: A job refuses to start with less free disk than this.
         keep_runs: How many published runs per feature view stay readable for historical retrieval.
+        keep_publications: How many publications stay on disk for readers that still hold an older registry.
     """
 
     path: str
     buckets: int = Field(default=16, ge=1, le=65_536)
     min_free_gib: float = Field(default=1.0, ge=0)
     keep_runs: int = Field(default=400, ge=1)
+    keep_publications: int = Field(default=3, ge=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -288,12 +291,12 @@ class InstructueConfig:
         sources = []
         for name, source in self.sources.items():
             settings = dataclasses.asdict(source)
-            for key in ("table", "allow_empty", "encoder"):
+            for key in ("allow_empty", "encoder"):
                 settings.pop(key)
+            settings["table"] = [source.table.format, source.table.options]  # how it is read, not where it lies
             sources.append([name, settings])
-        text = json.dumps(
-            {"sources": sources, "history": dataclasses.asdict(self.history)}, sort_keys=True, default=str
-        )
+        # In the order of the config, which is the order of tokens and numbers; hence no sort_keys.
+        text = json.dumps({"sources": sources, "history": dataclasses.asdict(self.history)}, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -383,7 +386,18 @@ def _absolute(config: InstructueConfig, base: Path) -> InstructueConfig:
     sources = {name: dataclasses.replace(one, table=table(one.table)) for name, one in config.sources.items()}
     users = config.users and dataclasses.replace(config.users, table=table(config.users.table))
     output = dataclasses.replace(config.output, path=resolve(config.output.path))
-    model = config.model
-    if model.path:
-        model = dataclasses.replace(model, path=resolve(model.path))
+
+    def named(name: str) -> str:
+        """Resolves what is clearly a path; anything else is a name for Hugging Face."""
+        return resolve(name) if name.startswith(("./", "../", "~")) else name
+
+    sources = {
+        name: dataclasses.replace(one, encoder=one.encoder and named(one.encoder)) for name, one in sources.items()
+    }
+    model = dataclasses.replace(
+        config.model,
+        path=config.model.path and resolve(config.model.path),
+        llm=named(config.model.llm),
+        text_encoder=named(config.model.text_encoder),
+    )
     return dataclasses.replace(config, sources=sources, users=users, output=output, model=model)

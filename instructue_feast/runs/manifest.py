@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -28,10 +29,28 @@ def parse_as_of(text: str, *, now: datetime | None = None) -> datetime:
     except ValueError:
         raise ConfigError(f"as_of {text!r} is not an ISO 8601 timestamp", "write it as 2017-10-01T00:00:00Z") from None
     if as_of.tzinfo is None:
-        raise ConfigError(f"as_of {text!r} has no time zone", f"write {text}Z for UTC, or give an offset")
+        raise ConfigError(
+            f"as_of {text!r} has no time zone", f"write {as_of:%Y-%m-%dT%H:%M:%S}Z for UTC, or give an offset"
+        )
     if as_of > (now or datetime.now(UTC)):
         raise ConfigError(f"as_of {text!r} is in the future", "events up to as_of must have happened already")
     return as_of.astimezone(UTC)
+
+
+_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+def check_id(kind: str, name: str) -> str:
+    """Returns the id of an extract or run if it can be a folder's name.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not _ID.match(name):
+        raise ConfigError(
+            f"{kind} id {name!r}", "use letters, digits, dots, dashes and underscores, a letter or digit first"
+        )
+    return name
 
 
 def new_id(as_of: datetime, *parts: str) -> str:
@@ -98,7 +117,7 @@ class BucketMarker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunManifest:
-    """A finished run."""
+    """A finished run; `model_loads` counts how often a worker loaded the model, once per Python worker at best."""
 
     run_id: str
     project: str
@@ -117,6 +136,7 @@ class RunManifest:
     distinct_texts: int
     digest: str
     seconds: float
+    model_loads: int = 0
 
 
 def to_json(value: Any) -> dict[str, Any]:

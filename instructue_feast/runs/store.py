@@ -58,6 +58,11 @@ class OutputStore:
         self.fs.invalidate_cache()
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(folder, detail=False))
 
+    def files(self, *parts: str, pattern: str = "*.parquet") -> list[str]:
+        """Paths of the files of a folder that match, sorted."""
+        self.fs.invalidate_cache()
+        return sorted(str(one) for one in self.fs.glob(f"{self.path(*parts)}/{pattern}"))
+
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Reads a JSON document.
 
@@ -113,12 +118,17 @@ class OutputStore:
         except FileExistsError:
             raise RunConflictError(
                 f"{self.url(*parts[:-1])} belongs to another process or is finished",
-                "wait for it, or choose another run id with --run-id",
+                "wait for it, or choose another id",
             ) from None
         except OSError as error:
             raise StorageError(
                 f"cannot write {self.url(*parts)}: {error.strerror}", "free disk space or mend the rights"
             ) from None
+
+    def remove_file(self, *parts: str) -> None:
+        """Removes one file, if it is there."""
+        if self.exists(*parts):
+            self.fs.rm_file(self.path(*parts))
 
     def remove(self, *parts: str) -> None:
         """Removes a folder tree, if it is there."""

@@ -2,8 +2,9 @@
 
     python -m instructue_spark.backfill --config instructue.yaml --as-of 2017-10-01T00:00:00Z
 
-Prints one JSON object per line (`instructue_spark.report`). A run that fails leaves no run behind; event vectors that
-were finished stay, because they are as good as new for the next run.
+Prints one JSON object per line (`instructue_spark.report`). A run that fails leaves neither run nor extract
+behind; event vectors that were finished stay, because they are as good as new for the next run. A finished run stays,
+also when its publication fails: `instructue publish` can be tried again.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from datetime import UTC, datetime
 from pyspark.sql import SparkSession
 
 from instructue_feast.config import InstructueConfig, load_config
-from instructue_feast.errors import VersionMismatchError
+from instructue_feast.errors import ConfigError, DataError, LeakageError, VersionMismatchError, did_you_mean
 from instructue_feast.instructions import Instruction
 from instructue_feast.runs.audit import combine_digests
 from instructue_feast.runs.manifest import (
     ExtractManifest,
     RunInstruction,
     RunManifest,
+    check_id,
     from_json,
     new_id,
     parse_as_of,
     to_json,
 )
-from instructue_feast.runs.publish import publish
+from instructue_feast.runs.publish import prune_publications, publish
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
@@ -51,6 +53,7 @@ class BackfillRequest:
         run_id: Id of the new run; derived from `as_of` and the time when left out.
         extract_id: A finished extract to embed; a new one is made when left out.
         publish: Move the pointer to the run at the end.
+        allow_leakage: Embed an `as_of` the model has seen in training.
     """
 
     config: InstructueConfig
@@ -59,6 +62,7 @@ class BackfillRequest:
     run_id: str | None = None
     extract_id: str | None = None
     publish: bool = True
+    allow_leakage: bool = False
 
 
 def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Reporter) -> RunManifest:
@@ -73,7 +77,8 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
         The manifest of the finished run.
 
     Raises:
-        ConfigError: An instruction is not declared.
+        ConfigError: An instruction is not declared, or an id cannot be a folder's name.
+        LeakageError: The model was trained on events at or after `as_of`.
         DataError: A raw table is missing, empty or unreadable.
         RunConflictError: The run exists or another process is writing it.
         InvalidEmbeddingError: A vector is NaN, infinite or not of unit length; nothing is published.
@@ -85,17 +90,36 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
     store.require_free(config.output.min_free_gib)
     created = datetime.now(UTC)
     stamp = created.isoformat()
-    run_id = request.run_id or new_id(request.as_of, config.history_digest(), stamp)
+    run_id = check_id("run", request.run_id or new_id(request.as_of, config.history_digest(), stamp))
+    if request.extract_id is not None:
+        check_id("extract", request.extract_id)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": stamp}
     store.claim(owner, "runs", run_id, "owner.json")
     try:
-        return _backfill(spark, request, instructions, store, run_id, created, reporter)
+        manifest = _make_run(spark, request, instructions, store, run_id, created, reporter)
     except BaseException:
-        store.remove("runs", run_id)
+        _discard(spark, request, store, run_id)
         raise
+    if request.publish:
+        with reporter.stage("publish") as stage:
+            stage.rows_in = stage.rows_out = manifest.users
+            publish(store, run_id, keep_runs=config.output.keep_runs)
+            prune_publications(store, keep=config.output.keep_publications)
+    return manifest
 
 
-def _backfill(
+def _discard(spark: SparkSession, request: BackfillRequest, store: OutputStore, run_id: str) -> None:
+    """Removes an unfinished run and the extract made for it."""
+    if store.exists("runs", run_id, "manifest.json"):
+        return
+    store.remove_file("runs", run_id, "owner.json")  # workers still at it now refuse to write a bucket
+    spark.sparkContext.cancelAllJobs()
+    store.remove("runs", run_id)
+    if request.extract_id is None:
+        store.remove("extracts", run_id)
+
+
+def _make_run(
     spark: SparkSession,
     request: BackfillRequest,
     instructions: tuple[Instruction, ...],
@@ -109,6 +133,7 @@ def _backfill(
 
     config, started = request.config, time.monotonic()
     model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
+    _check_leakage(model.config.trained_through, request)
     extract = _extract(spark, request, store, run_id, reporter)
     texts_encoded = encode_new_texts(spark, config, store, extract, reporter)
     with reporter.stage("soft_tokens") as stage:
@@ -121,7 +146,7 @@ def _backfill(
         created_us=int(created.timestamp() * 1_000_000),
         num_sources=len(config.source_names),
         num_numeric=len(config.numeric_columns),
-        instructions=tuple((one.id, one.text) for one in instructions),
+        instructions=instructions,
         embedding_dim=model.config.embedding_dim,
         dtype=config.model.dtype,
         max_batch_tokens=config.model.max_batch_tokens,
@@ -137,7 +162,7 @@ def _backfill(
     ]
     version, trained, embedding_dim = model_version(model, config), model.config.trained, model.config.embedding_dim
     del model  # the workers have their own; two copies of a large LLM may not fit
-    markers = embed_users(spark, plan, store, extract, reporter)
+    markers, loads = embed_users(spark, plan, store, extract, reporter)
     manifest = RunManifest(
         run_id=run_id,
         project=config.project,
@@ -156,13 +181,26 @@ def _backfill(
         distinct_texts=extract.distinct_texts,
         digest=combine_digests([marker.digest for marker in markers]),
         seconds=round(time.monotonic() - started, 3),
+        model_loads=loads,
     )
+    if manifest.users != extract.users:
+        raise DataError(
+            f"run {run_id}: {manifest.users} users embedded of {extract.users} extracted",
+            "did somebody touch the extract? Run the backfill again",
+        )
     finish_run(store, manifest)
-    if request.publish:
-        with reporter.stage("publish") as stage:
-            stage.rows_in = stage.rows_out = manifest.users
-            publish(store, run_id, keep_runs=config.output.keep_runs)
     return manifest
+
+
+def _check_leakage(trained_through: str | None, request: BackfillRequest) -> None:
+    """Refuses to embed a moment the model has seen the future of."""
+    if trained_through is None or request.allow_leakage:
+        return
+    if datetime.fromisoformat(trained_through) > request.as_of:
+        raise LeakageError(
+            f"the model was trained on events up to {trained_through}, later than as_of {request.as_of.isoformat()}",
+            "use a model trained on earlier data, or --allow-leakage where nobody measures with the result",
+        )
 
 
 def _extract(
@@ -172,6 +210,9 @@ def _extract(
     if request.extract_id is None:
         return run_extract(spark, request.config, request.as_of, extract_id=run_id, reporter=reporter)
     where = f"extract {request.extract_id}"
+    if not store.exists("extracts", request.extract_id, "manifest.json"):
+        finished = [name for name in store.names("extracts") if store.exists("extracts", name, "manifest.json")]
+        raise ConfigError(f"there is no finished {where}", did_you_mean(request.extract_id, finished))
     found = from_json(ExtractManifest, store.read_json("extracts", request.extract_id, "manifest.json"), where)
     if found.history_digest != request.config.history_digest() or found.as_of != request.as_of.isoformat():
         raise VersionMismatchError(
@@ -190,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-id", help="id of the new run")
     parser.add_argument("--extract", help="a finished extract to embed instead of extracting anew")
     parser.add_argument("--no-publish", action="store_true", help="finish the run but do not move the pointer")
+    parser.add_argument("--allow-leakage", action="store_true", help="embed an as_of the model has seen in training")
     parser.add_argument("--cores", type=int, help="local cores; default: all")
     arguments = parser.parse_args(argv)
 
@@ -202,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_id=arguments.run_id,
             extract_id=arguments.extract,
             publish=not arguments.no_publish,
+            allow_leakage=arguments.allow_leakage,
         )
         config.registry().select(request.instructions)
         spark = get_session(f"instructue backfill {config.project}", cores=arguments.cores)

@@ -6,6 +6,7 @@ worker that made it: the Parquet file first, the marker last, so a finished buck
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import threading
@@ -25,7 +26,7 @@ from pyspark.sql import functions as F
 
 from instructue_feast import schema
 from instructue_feast.config import InstructueConfig
-from instructue_feast.errors import DataError
+from instructue_feast.errors import DataError, RunConflictError, VersionMismatchError
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.instructions import Instruction
 from instructue_feast.runs.manifest import BucketMarker, ExtractManifest
@@ -47,6 +48,7 @@ _MARKER_ROW = pa.schema(
         pa.field("digest", pa.string(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("loads", pa.int64(), nullable=False),
     ]
 )
 
@@ -55,17 +57,27 @@ _MARKER_ROW = pa.schema(
 
 
 @lru_cache(maxsize=4)
-def _worker_encoder(name: str) -> TextEncoder:
-    """Loads an encoder once per Python worker."""
+def _worker_encoder(name: str, version: str) -> TextEncoder:
+    """Loads an encoder once per Python worker and checks that it is the driver's.
+
+    Raises:
+        VersionMismatchError: The files of this host are not those of the driver.
+    """
     from instructue_feast.model.encoders import TextEncoder
 
     _limit_threads()
-    return TextEncoder.load(name)
+    encoder = TextEncoder.load(name)
+    if encoder.version != version:
+        raise VersionMismatchError(
+            f"text encoder {name} is {encoder.version[:12]} on a worker and {version[:12]} on the driver",
+            "ship the same model files to every host",
+        )
+    return encoder
 
 
-def _encode_texts(name: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _encode_texts(name: str, version: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        encoder = _worker_encoder(name)
+        encoder = _worker_encoder(name, version)
         for batch in batches:
             if batch.num_rows:
                 vectors = encoder.encode(batch.column("text").to_pylist())
@@ -99,12 +111,16 @@ def encode_new_texts(
     with reporter.stage("encode") as stage:
         stage.rows_in = extract.distinct_texts
         phrasebook = spark.read.parquet(store.url("extracts", extract.extract_id, "phrasebook"))
-        for encoder_name, sources in _sources_by_encoder(config).items():
-            version = describe_encoder(encoder_name).version
+        groups: dict[str, tuple[str, list[str]]] = {}  # by version, because two names can be one encoder
+        for source in config.source_names:
+            name = config.encoder_of(source)
+            groups.setdefault(describe_encoder(name).version, (name, []))[1].append(source)
+        for version, (encoder_name, sources) in groups.items():
             texts = phrasebook.where(F.col("source").isin(sources)).select("text_id", "text")
             known = _complete_vector_folders(store, version)
             if known:
-                texts = texts.join(spark.read.parquet(*known).select("text_id"), "text_id", "left_anti")
+                urls = [store.url(*folder) for folder in known]
+                texts = texts.join(spark.read.parquet(*urls).select("text_id"), "text_id", "left_anti")
             stage.rows_out += _encode_missing(spark, store, texts, encoder_name, version, extract.extract_id, reporter)
     return stage.rows_out
 
@@ -125,9 +141,9 @@ def _encode_missing(
         if not missing:
             return 0
         tasks = max(1, -(-missing // TEXTS_PER_TASK))
-        # Sorting by length keeps a task's texts alike, so that its batches pad little; rows are spread round-robin.
-        spread = texts.repartition(tasks, F.length("text"), "text_id").sortWithinPartitions(F.length("text"), "text_id")
-        vectors = spread.mapInArrow(_encode_texts(encoder_name), spark_schema(schema.EVENT_VECTORS))
+        vectors = texts.repartition(tasks, "text_id").mapInArrow(
+            _encode_texts(encoder_name, version), spark_schema(schema.EVENT_VECTORS)
+        )
         target = store.url("event_vectors", version[:16], extract_id)
         with _TaskProgress(spark, "encode", missing, reporter), spark_errors():
             vectors.write.mode("overwrite").parquet(target)
@@ -142,17 +158,10 @@ def _encode_missing(
         texts.unpersist()
 
 
-def _sources_by_encoder(config: InstructueConfig) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for source in config.source_names:
-        groups.setdefault(config.encoder_of(source), []).append(source)
-    return groups
-
-
-def _complete_vector_folders(store: OutputStore, version: str) -> list[str]:
+def _complete_vector_folders(store: OutputStore, version: str) -> list[tuple[str, ...]]:
     """Folders of event vectors whose write finished; Spark puts `_SUCCESS` there last."""
     base = ("event_vectors", version[:16])
-    return [store.url(*base, name) for name in store.names(*base) if store.exists(*base, name, "_SUCCESS")]
+    return [(*base, name) for name in store.names(*base) if store.exists(*base, name, "_SUCCESS")]
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -168,7 +177,7 @@ class RunPlan:
     created_us: int
     num_sources: int
     num_numeric: int
-    instructions: tuple[tuple[str, str], ...]
+    instructions: tuple[Instruction, ...]
     embedding_dim: int
     dtype: str
     max_batch_tokens: int
@@ -209,8 +218,7 @@ def _aligned_vectors(store: OutputStore, version: str, wanted: pa.Array) -> np.n
     """Reads `[N, dim]` event vectors in the order of `wanted`."""
     if not len(wanted):
         return np.empty((0, 0), dtype=np.float32)
-    folders = [store.path("event_vectors", version[:16], name) for name in store.names("event_vectors", version[:16])]
-    files = [file for folder in folders for file in store.fs.glob(f"{folder}/*.parquet")]
+    files = [file for folder in _complete_vector_folders(store, version) for file in store.files(*folder)]
     found = ds.dataset(files, filesystem=store.fs).to_table(filter=pc.field("text_id").isin(wanted))
     position = pc.index_in(wanted, value_set=found.column("text_id").combine_chunks())
     if position.null_count:
@@ -232,9 +240,10 @@ def _embed_buckets(plan: RunPlan) -> Callable[[Iterator[pa.RecordBatch]], Iterat
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for bucket in batch.column("id").to_pylist():
-                marker = _embed_bucket(plan, int(bucket))
-                row = {name: [getattr(marker, name)] for name in _MARKER_ROW.names}
-                yield from emit(pa.table(row), _MARKER_ROW)
+                before = _worker_embedder.cache_info().misses
+                marker = dataclasses.asdict(_embed_bucket(plan, int(bucket)))
+                marker["loads"] = _worker_embedder.cache_info().misses - before
+                yield from emit(pa.Table.from_pylist([marker]), _MARKER_ROW)
 
     return run
 
@@ -244,7 +253,9 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
     started = time.monotonic()
     embedder = _worker_embedder(plan)
     store = OutputStore(plan.root)
-    names = [name for name, _ in plan.instructions]
+    if not store.exists("runs", plan.run_id, "owner.json"):
+        raise RunConflictError(f"run {plan.run_id} was given up", "its backfill failed; start another")
+    names = [one.id for one in plan.instructions]
     folder = store.path("extracts", plan.extract_id, "history", f"bucket={bucket}")
     tokens = 0
 
@@ -262,8 +273,7 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
             table, num_sources=plan.num_sources, num_numeric=plan.num_numeric, where=f"history of bucket {bucket}"
         )
         user_ids, as_of = history.user_ids, history.as_of_us
-        instructions = [Instruction(name, text) for name, text in plan.instructions]
-        vectors = embedder.encode(history, instructions, on_batch=count)
+        vectors = embedder.encode(history, plan.instructions, on_batch=count)
     offsets = pa.array(np.arange(0, len(user_ids) * plan.embedding_dim + 1, plan.embedding_dim, dtype=np.int32))
     for position in range(len(names)):
         flat = np.ascontiguousarray(vectors[:, position]).ravel()
@@ -278,12 +288,13 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
         ],
         schema=schema.embeddings_schema(names),
     )
-    return write_bucket(store, plan.run_id, bucket, rows, tokens=tokens, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return write_bucket(store, plan.run_id, bucket, rows, tokens=tokens, seconds=seconds, dim=plan.embedding_dim)
 
 
 def embed_users(
     spark: SparkSession, plan: RunPlan, store: OutputStore, extract: ExtractManifest, reporter: Reporter
-) -> list[BucketMarker]:
+) -> tuple[list[BucketMarker], int]:
     """Embeds all users of an extract: one Spark task per bucket, K instructions in one forward pass per batch.
 
     Args:
@@ -294,7 +305,7 @@ def embed_users(
         reporter: Gets the stage `embed` and its progress in users.
 
     Returns:
-        The marker of every bucket, in order.
+        The marker of every bucket, in order, and how often a worker loaded the model.
 
     Raises:
         InvalidEmbeddingError: A vector is NaN, infinite or not of unit length.
@@ -305,9 +316,11 @@ def embed_users(
         rows = buckets.mapInArrow(_embed_buckets(plan), spark_schema(_MARKER_ROW))
         with _MarkerProgress(store, plan.run_id, extract.users, reporter), spark_errors():
             found = rows.collect()
-        markers = sorted((BucketMarker(**row.asDict()) for row in found), key=lambda marker: marker.bucket)
+        rows_by_bucket = sorted((row.asDict() for row in found), key=lambda row: int(row["bucket"]))
+        loads = sum(int(row.pop("loads")) for row in rows_by_bucket)
+        markers = [BucketMarker(**row) for row in rows_by_bucket]
         stage.rows_out = sum(marker.rows for marker in markers)
-    return markers
+    return markers, loads
 
 
 def _limit_threads() -> None:
@@ -343,14 +356,20 @@ class _MarkerProgress(_Ticker):
     def __init__(self, store: OutputStore, run_id: str, users: int, reporter: Reporter) -> None:
         self._store, self._run_id, self._users, self._reporter = store, run_id, users, reporter
         self._rows: dict[str, int] = {}
+        self._tokens = 0
+        self._started = time.monotonic()
 
     def tick(self) -> None:
         """Reads the markers that are new."""
         for name in self._store.names("runs", self._run_id):
             is_new = name.startswith("bucket=") and name not in self._rows
             if is_new and self._store.exists("runs", self._run_id, name, "marker.json"):
-                self._rows[name] = int(self._store.read_json("runs", self._run_id, name, "marker.json")["rows"])
-                self._reporter.progress("embed", sum(self._rows.values()), self._users)
+                marker = self._store.read_json("runs", self._run_id, name, "marker.json")
+                self._rows[name] = int(marker["rows"])
+                self._tokens += int(marker["tokens"])
+                seconds, users = time.monotonic() - self._started, sum(self._rows.values())
+                rate = f"{users / seconds:.1f} users/s, {self._tokens / seconds:,.0f} tokens/s"
+                self._reporter.progress("embed", users, self._users, rate=rate)
 
 
 class _TaskProgress(_Ticker):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from instructue_feast.errors import InstructueError
+
+BUG_HINT = "this is a bug or a failing cluster; the stack is in the job's log"
 
 
 @dataclass(slots=True)
@@ -62,15 +66,26 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
     """Runs a job as a process: its result or its error becomes the last line, and the exit code.
 
     Anything that might write to standard output by accident (the JVM, a library) is sent to standard error, so that the
-    lines stay JSON.
+    lines stay JSON. SIGTERM ends the job like an error, so that it removes what it has half written. An unexpected
+    exception is logged by its class and stack alone, because its message may quote a row.
     """
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     reporter = Reporter(stream)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         result = job(reporter)
     except InstructueError as error:
         reporter.error(error)
         return error.exit_code
+    except Exception as error:
+        stack = "".join(traceback.format_tb(error.__traceback__))
+        sys.stderr.write(f"{type(error).__module__}.{type(error).__qualname__}, message withheld\n{stack}")
+        reporter.emit("error", type="InstructueError", message=f"unexpected {type(error).__name__}", hint=BUG_HINT)
+        return InstructueError.exit_code
     reporter.emit("result", value=result)
     return 0
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)

@@ -7,10 +7,7 @@ Spark cuts the work, and the first N users are the same in every larger set. Not
 from __future__ import annotations
 
 import argparse
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -21,7 +18,8 @@ import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from instructue_feast.errors import ConfigError, StorageError
+from instructue_feast.errors import ConfigError
+from instructue_feast.files import replacing
 from instructue_spark.io import spark_errors
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session
@@ -112,7 +110,7 @@ def write_synthetic(
         "tabular": maker.tabular(people),
     }
     rows: dict[str, int] = {}
-    with _replacing(folder / "raw") as scratch, spark_errors():
+    with replacing(folder / "raw") as scratch, spark_errors():
         for name, table in tables.items():
             with reporter.stage(name) as stage:
                 table.write.parquet((scratch / name).resolve().as_uri())
@@ -348,26 +346,6 @@ _CONTENT: dict[str, Callable[[_Maker, Callable[[str], Column]], dict[str, Column
 def _pick(values: Sequence[str] | Sequence[int] | Sequence[float], position: Column) -> Column:
     """The value at a position that starts at 0."""
     return F.array(*(F.lit(value) for value in values))[position]
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Gives a scratch folder that takes the place of `target` when the block ends without an error."""
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        if target.exists():
-            target.rename(old)
-        scratch.rename(target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror}", "free disk space or mend the rights") from None
-    finally:
-        if old.exists() and not target.exists():  # the second rename failed: put the old folder back
-            old.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from instructue_feast.config import load_config
-from instructue_feast.datasets.project import TEMPLATES, project_files, render_config, replacing, write_project
+from instructue_feast.datasets.project import TEMPLATES, project_files, render_config, write_project
 from instructue_feast.errors import ConfigError, StorageError
+from instructue_feast.files import replacing
 
 FEATURE_REPO = Path(__file__).parents[2] / "feature_repo"
 

@@ -1,4 +1,4 @@
-"""The extract, restated one row at a time in plain Python; shares only the text rules and bucket edges with the product.
+"""The extract, restated one row at a time in plain Python. Text rules and bucket edges are shared, nothing else.
 
 Nothing here is clever. Where Spark hashes, cuts and aggregates columns, this loops over rows.
 """
