@@ -112,6 +112,8 @@ def test_environment_variables_and_defaults_are_filled_in(tmp_path, monkeypatch)
         ("max_texts: 8", "max_texts: 9", True),
         ("bucket:1,2.5", "bucket:1,3", True),
         ("[spend, income]", "[income, spend]", True),
+        ("{money: [spend, income], age: [years]}", "{age: [years], money: [spend, income]}", True),
+        ("format: orc", "format: csv", True),
         ("raw/bill", "raw/other", False),
         ("embedding_dim: 64", "embedding_dim: 32", False),
     ],

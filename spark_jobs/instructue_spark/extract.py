@@ -196,12 +196,22 @@ class _Job:
 
 @contextmanager
 def _caches() -> Iterator[list[DataFrame]]:
+    """Unpersists the frames put into the list, unless the process is being stopped.
+
+    An interrupt leaves a command to the JVM unanswered; the next one would wait until the running job ends.
+    """
     frames: list[DataFrame] = []
     try:
         yield frames
-    finally:
-        for frame in frames:
-            frame.unpersist()
+    except Exception:
+        _unpersist(frames)
+        raise
+    _unpersist(frames)
+
+
+def _unpersist(frames: list[DataFrame]) -> None:
+    for frame in frames:
+        frame.unpersist()
 
 
 def _without_conditions(source: Any) -> Any:

@@ -76,6 +76,14 @@ def test_publishing_an_unknown_run_lists_the_runs_there_are(config, capsys):
     assert "nope" in capsys.readouterr().err
 
 
+def test_a_demo_touches_only_folders_a_demo_made(tmp_path, capsys):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "precious").write_text("x")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "no demo made" in capsys.readouterr().err
+    assert (tmp_path / "output" / "precious").exists()
+
+
 def test_doctor_reports_as_json(capsys):
     code = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -87,7 +95,7 @@ def test_doctor_reports_as_json(capsys):
 def test_doctor_says_what_to_install_when_java_is_missing(monkeypatch, capsys):
     monkeypatch.setenv("JAVA_HOME", "/nonexistent")
     assert main(["doctor"]) == 10
-    assert "install Java 17" in capsys.readouterr().out
+    assert "install a Java 17" in capsys.readouterr().out
 
 
 JOB = """

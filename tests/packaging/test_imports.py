@@ -49,7 +49,8 @@ def test_the_command_line_starts_without_any_extra():
 
 def test_a_serving_host_needs_neither_spark_nor_transformers():
     done = python(
-        "import instructue_feast.feature_store.lookup, instructue_feast.feature_store.views",
+        "from instructue_feast.feature_store.lookup import UserEmbeddings\n"
+        "UserEmbeddings('feature_repo')  # opens the shipped repo, as `instructue get` does",
         "torch", "transformers", "peft", "pyspark",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

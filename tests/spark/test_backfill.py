@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from instructue_feast.errors import (
     ConfigError,
     DataError,
     InvalidEmbeddingError,
+    LeakageError,
+    PublishConflictError,
     RunConflictError,
     StorageError,
     UnsafeArtifactError,
@@ -26,7 +29,7 @@ from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.from_run import check_run_model, open_embedder
 from instructue_feast.model.factory import load_model
 from instructue_feast.runs.manifest import RunManifest
-from instructue_feast.runs.publish import current_publication
+from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
 from instructue_spark.backfill import BackfillRequest, run_backfill
@@ -181,9 +184,65 @@ def test_an_extract_of_other_settings_is_refused(spark, done):
         backfill(spark, other, extract_id=run.extract_id)
 
 
+def test_the_model_is_loaded_once_per_python_worker(done):
+    _, run = done
+    assert len(run.buckets) == 4
+    assert 1 <= run.model_loads <= 2  # local[2] has two workers
+
+
+def test_events_at_or_after_as_of_change_no_embedding(spark, project, done):
+    _, run = done
+    raw = Path(project.output.path).parent
+    rows = pq.read_table(raw / "raw" / "bill").to_pylist()
+    future = [row | {"line": f"future-{row['line']}", "paid_at": AS_OF, "product": "caviar"} for row in rows]
+    write_table(raw, "bill", rows + future)
+    assert backfill(spark, project).digest == run.digest
+
+
+@pytest.mark.parametrize("wrong", ["..", ".", "a/b", "", "-x", "a b"])
+def test_an_id_that_is_no_folder_name_is_refused_and_nothing_is_touched(spark, done, wrong):
+    config, _ = done
+    before = everything_below(Path(config.output.path))
+    with pytest.raises(ConfigError, match="id"):
+        backfill(spark, config, run_id=wrong or "/")
+    with pytest.raises(ConfigError, match="extract"):
+        backfill(spark, config, extract_id=wrong or "/")
+    assert everything_below(Path(config.output.path)) == before
+
+
+def test_an_unknown_extract_lists_those_that_exist(spark, done):
+    config, run = done
+    with pytest.raises(ConfigError, match=f"(?s)no finished extract firts.*did you mean {run.extract_id}"):
+        backfill(spark, config, extract_id="firts")
+
+
+def test_a_finished_run_survives_a_failed_publication(spark, project, monkeypatch):
+    def conflict(*_args, **_values):
+        raise PublishConflictError("another publisher was faster", "publish again")
+
+    monkeypatch.setattr("instructue_spark.backfill.publish", conflict)
+    with pytest.raises(PublishConflictError):
+        backfill(spark, project, run_id="kept")
+    monkeypatch.undo()
+    store = OutputStore(project.output.path)
+    assert read_run(store, "kept").num_rows == NUM_USERS
+    assert publish(store, "kept").run_id == "kept"
+
+
+def test_a_model_that_has_seen_the_future_is_refused(spark, project, tmp_path):
+    model = load_model(project)
+    model.config.trained, model.config.trained_through = True, "2025-03-02T00:00:00+00:00"
+    model.save_pretrained(tmp_path / "model")
+    config = dataclasses.replace(project, model=dataclasses.replace(project.model, path=str(tmp_path / "model")))
+    with pytest.raises(LeakageError, match="later than as_of"):
+        backfill(spark, config)
+    assert_nothing_left(config)
+
+
 def assert_nothing_left(config: InstructueConfig) -> None:
     store = OutputStore(config.output.path)
     assert store.names("runs") == []
+    assert store.names("extracts") == []
     assert current_publication(store) is None
 
 
@@ -223,7 +282,6 @@ def test_a_model_folder_without_weights_or_with_pickled_ones_is_refused(spark, p
     with pytest.raises(UnsafeArtifactError):
         backfill(spark, config)
     assert_nothing_left(config)
-    assert not (Path(config.output.path) / "extracts").exists()
 
 
 def test_a_model_of_other_sources_is_refused(spark, project, tmp_path):
@@ -251,4 +309,3 @@ def test_a_missing_raw_table_leaves_nothing_behind(spark, project):
     with pytest.raises(DataError, match="search"):
         backfill(spark, project)
     assert_nothing_left(project)
-    assert OutputStore(project.output.path).names("extracts") == []
