@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
-import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import reduce
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.parquet as pq
 from pyspark import StorageLevel
@@ -26,7 +25,7 @@ from pyspark.sql import functions as F
 from instructue_feast import schema
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError, DataError
-from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, new_id, parse_as_of, to_json
+from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, check_id, new_id, parse_as_of, to_json
 from instructue_feast.runs.store import OutputStore
 from instructue_spark import history, sources
 from instructue_spark.io import spark_errors, spark_schema
@@ -37,7 +36,6 @@ from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, ROSTER, STATU
 ROSTER_NAME = "(roster)"
 """Key of the roster in a manifest's `counts`; no source can have that name."""
 
-_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 _Counts = dict[tuple[int, int], int]
 
 
@@ -68,22 +66,29 @@ def run_extract(
     """
     if as_of.tzinfo is None:
         raise ConfigError("as_of has no time zone", "pass an aware datetime")
-    if not _ID.match(extract_id):
-        raise ConfigError(f"extract id {extract_id!r}", "use letters, digits, dots, dashes and underscores")
+    check_id("extract", extract_id)
     started = time.monotonic()
     store = OutputStore(config.output.path)
     store.require_free(config.output.min_free_gib)
     folder = ("extracts", extract_id)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat()}
     store.claim(owner, *folder, "owner.json")
+    tag = f"extract-{extract_id}"
+    spark.sparkContext.addJobTag(tag)
     try:
         with spark_errors(), _caches() as caches:
             job = _Job(settle(spark), config, as_of.astimezone(UTC), reporter, store, folder, caches)
             manifest = job.run(extract_id, started)
         store.write_json(to_json(manifest), *folder, "manifest.json")
-    except BaseException:
-        store.remove(*folder)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            spark.sparkContext.removeJobTag(tag)
+            store.remove(*folder)
+        else:
+            _stop_jobs(spark, tag)
+            _remove_for_good(store, folder)
         raise
+    spark.sparkContext.removeJobTag(tag)
     return manifest
 
 
@@ -214,6 +219,25 @@ def _unpersist(frames: list[DataFrame]) -> None:
         frame.unpersist()
 
 
+def _stop_jobs(spark: SparkSession, tag: str) -> None:
+    """Cancels what an interrupted extract left running.
+
+    From another thread, because this one's connection to the JVM still waits for the answer to an interrupted command.
+    """
+    stopper = threading.Thread(target=spark.sparkContext.cancelJobsWithTag, args=(tag,), daemon=True)
+    stopper.start()
+    stopper.join(timeout=10)
+
+
+def _remove_for_good(store: OutputStore, folder: tuple[str, ...]) -> None:
+    """Removes a folder that tasks which are being killed may bring back once or twice."""
+    for _ in range(10):
+        store.remove(*folder)
+        time.sleep(0.2)
+        if not store.exists(*folder):
+            return
+
+
 def _without_conditions(source: Any) -> Any:
     return dataclasses.replace(source, where=())
 
@@ -248,8 +272,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--extract-id", help="name of the extract; a new one by default")
     parser.add_argument("--cores", type=int, help="cores of a local session; all by default")
     arguments = parser.parse_args(argv)
-    # Lets run_extract remove what it has written when the command line stops it.
-    signal.signal(signal.SIGTERM, _terminate)
 
     def job(reporter: Reporter) -> dict[str, Any]:
         config = load_config(arguments.config)
@@ -259,10 +281,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return to_json(run_extract(spark, config, as_of, extract_id=extract_id, reporter=reporter))
 
     return run_main(job)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

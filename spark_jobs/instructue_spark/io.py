@@ -132,10 +132,18 @@ def explain_spark_error(error: BaseException) -> InstructueError | None:
     file = _FILE.search(text)
     which = file.group(1).rstrip(".,;)") if file else "a file"
     conditions = _conditions(error)
+    if "Python worker exited unexpectedly" in text or "Python worker failed" in text:
+        return StorageError(
+            "a Python worker died, most likely out of memory",
+            "use fewer --cores, a smaller `model.max_batch_tokens` or a machine with more memory",
+        )
     if "No space left on device" in text:
         return StorageError("the disk is full", "free disk space, or point spark.local.dir and output.path elsewhere")
     if "OutOfMemoryError" in text:
-        return StorageError("Spark ran out of memory", "give it more with --driver-memory, or raise `output.buckets`")
+        return StorageError(
+            "Spark ran out of memory",
+            "raise `output.buckets`, or submit the job with more driver memory",
+        )
     if isinstance(error, Py4JNetworkError) or "Connection refused" in text:
         return StorageError("the Spark process is gone", "was it killed, or did the machine run out of memory?")
     if "TIMESTAMP(NANOS" in text:
@@ -150,7 +158,7 @@ def explain_spark_error(error: BaseException) -> InstructueError | None:
     if "FILE_NOT_EXIST" in text or "FAILED_READ_FILE.FILE_NOT_EXIST" in conditions:
         return DataError(f"{which} disappeared while it was read", "run again once its writer is done")
     if any(one.startswith(("FAILED_READ_FILE", "CANNOT_READ_FILE_FOOTER")) for one in conditions) or re.search(
-        r"is not a Parquet file|Could not read footer|CorruptRecord|EOFException|corrupt", text
+        r"is not a Parquet file|Could not read footer|CorruptRecord", text
     ):
         return DataError(f"{which} is truncated or corrupt", _REWRITE)
     runtime = conditions & {"CAST_INVALID_INPUT", "CAST_OVERFLOW", "DIVIDE_BY_ZERO", "ARITHMETIC_OVERFLOW"}

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from instructue_feast.errors import MissingDependencyError
-
-MIN_JAVA = 17
+from instructue_feast.java import require_java
 
 _SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
@@ -76,33 +72,9 @@ def settle(spark: SparkSession) -> SparkSession:
     """Gives a session the SQL settings that our results depend on, and returns it."""
     for key, value in _SETTINGS.items():
         spark.conf.set(key, value)
-    spark.sparkContext.setLogLevel("ERROR")
+    # Spark logs the message of every failing task, which may quote a row. We report what went wrong ourselves.
+    spark.sparkContext.setLogLevel("FATAL")
     return spark
-
-
-def require_java() -> int:
-    """Returns the major version of the Java that Spark will start.
-
-    Raises:
-        MissingDependencyError: There is none, or it is older than 17.
-    """
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=str(Path(home) / "bin")) if home else shutil.which("java")
-    hint = f"install a Java {MIN_JAVA} or newer runtime (Debian: apt-get install openjdk-17-jre-headless)"
-    if java is None:
-        place = f"below JAVA_HOME={home}" if home else "on the PATH"
-        raise MissingDependencyError(f"Spark needs Java {MIN_JAVA}, and there is no java {place}", hint)
-    try:
-        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
-        found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
-    except (OSError, subprocess.TimeoutExpired):
-        found = None
-    if found is None:
-        raise MissingDependencyError(f"{java} does not run", hint)
-    version = int(found.group(1))
-    if version < MIN_JAVA:
-        raise MissingDependencyError(f"{java} is Java {version}, Spark needs {MIN_JAVA}", f"{hint}, or set JAVA_HOME")
-    return version
 
 
 def _master_is_configured() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import UTC, datetime
+from functools import reduce
 from zoneinfo import ZoneInfo
 
 from pyspark.errors import PySparkException
@@ -49,6 +50,9 @@ EARLIEST = datetime(1971, 1, 1, tzinfo=UTC)
 """Times before this are impossible: zero and near-zero epochs, the usual broken clocks, fall into 1970."""
 LATEST = datetime(2201, 1, 1, tzinfo=UTC)
 """Times from here on are impossible."""
+
+# What a verdict is called beside the raw columns: no table of a user has such names.
+_STATUS, _USER, _TIME = "__instructue_status", "__instructue_user", "__instructue_time"
 
 BLANK = " \t\n\r\x0b\x0c"
 _QUARANTINE_VALUE_CHARS = 256
@@ -135,12 +139,11 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, a
         .otherwise(F.lit(IN_WINDOW))
     )
     text = render.template_column(source.text, raw.types, config.history.max_text_chars, raw.where)
-    ids = source.event_id_columns or source.columns
-    kept = F.col("status") == IN_WINDOW
+    kept = F.col(_STATUS) == IN_WINDOW
     judged = raw.frame.select("*", *_judgement(status, user, time))
     rendered = judged.select(
         *_identity(config, name),
-        F.when(kept, _row_hash(raw, ids)).alias("event_id"),
+        F.when(kept, _event_id(raw, source.event_id_columns)).alias("event_id"),
         F.when(kept, text).alias("text"),
         _quarantined_row(raw, source.columns).alias("row"),
     )
@@ -216,7 +219,7 @@ def _snapshots(
     words = F.array(*texts).cast("array<string>")
     present = F.size(F.filter(F.col("numeric"), lambda one: ~F.isnan(one)))
     present = present + F.size(F.filter(F.col("texts"), lambda one: one.isNotNull()))
-    kept = F.col("status") == IN_WINDOW
+    kept = F.col(_STATUS) == IN_WINDOW
     judged = raw.frame.select("*", *_judgement(status, *user_time))
     return judged.select(
         *_identity(config, name),
@@ -229,17 +232,17 @@ def _snapshots(
 
 def _judgement(status: Column, user: Column, time: Column) -> list[Column]:
     """The verdict and what it was based on, beside the raw columns."""
-    return [status.alias("status"), user.alias("__user"), time.alias("__time")]
+    return [status.alias(_STATUS), user.alias(_USER), time.alias(_TIME)]
 
 
 def _identity(config: InstructueConfig, name: str | None) -> list[Column]:
     """`src, status, bucket, user_id, t` of judged rows."""
     src = ROSTER if name is None else config.source_names.index(name)
-    kept, refused = F.col("status") == IN_WINDOW, F.col("status") >= FIRST_QUARANTINED
-    user, time = F.col("__user"), F.col("__time")
+    kept, refused = F.col(_STATUS) == IN_WINDOW, F.col(_STATUS) >= FIRST_QUARANTINED
+    user, time = F.col(_USER), F.col(_TIME)
     return [
         F.lit(src).alias("src"),
-        F.col("status"),
+        F.col(_STATUS).alias("status"),
         F.when(kept, bucket_of(user, config.output.buckets)).alias("bucket"),
         F.when(kept, user).when(refused, F.make_valid_utf8(user)).alias("user_id"),
         F.when(kept | refused, time).alias("t"),
@@ -308,6 +311,18 @@ def _numeric(raw: RawTable, name: str) -> Column:
     return F.when(render.is_finite(value), value).otherwise(F.lit(float("nan")).cast("float"))
 
 
+def _event_id(raw: RawTable, declared: tuple[str, ...]) -> Column:
+    """Hash of the declared id columns; of the whole row when none is declared or all of them are null.
+
+    Events without an id must not be taken for one and the same event.
+    """
+    whole_row = _row_hash(raw, tuple(raw.types))
+    if not declared:
+        return whole_row
+    nothing = reduce(Column.__and__, [column(name).isNull() for name in declared])
+    return F.when(nothing, whole_row).otherwise(_row_hash(raw, declared))
+
+
 def _row_hash(raw: RawTable, names: tuple[str, ...]) -> Column:
     """64-bit hash of some columns. `xxhash64` skips nulls, so each column brings whether it is null."""
     pieces: list[Column] = []
@@ -328,7 +343,7 @@ def _quarantined_row(raw: RawTable, names: tuple[str, ...]) -> Column:
             (F.make_valid_utf8(text) if isinstance(raw.types[name], StringType | BinaryType) else text).alias(name)
         )
     document = F.to_json(F.struct(*values), {"ignoreNullFields": "false"})
-    return F.when(F.col("status") >= FIRST_QUARANTINED, F.left(document, F.lit(_QUARANTINE_ROW_CHARS)))
+    return F.when(F.col(_STATUS) >= FIRST_QUARANTINED, F.left(document, F.lit(_QUARANTINE_ROW_CHARS)))
 
 
 def count_statuses(frame: DataFrame) -> dict[tuple[int, int], int]:

@@ -101,8 +101,10 @@ def _events(result, config, as_of, name, index, source, rows, tokens, num_events
             text = normalise(_render(source.text, row, config.history.max_text_chars))
             number = text_id(name, text)
             result.phrasebook[number] = (name, text)
-            columns = source.event_id_columns or source.columns
-            identity = json.dumps([row[column] for column in columns], default=repr)
+            declared = source.event_id_columns
+            named = any(row[column] is not None for column in declared)
+            columns = declared if named else sorted(row)
+            identity = json.dumps([named, [row[column] for column in columns]], default=repr)
             known = best.get((user, identity))
             if known is None or time > known[0] or (time == known[0] and number < known[1]):
                 best[user, identity] = (time, number)

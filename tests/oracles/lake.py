@@ -47,7 +47,7 @@ def random_events(rng: random.Random, rows: int, *, users: int = 12, time_type: 
             row = {
                 "user": rng.choice([None, "", " \t"]) if rng.random() < 0.05 else str(rng.randrange(users)),
                 "at": rng.choice(special) if rng.random() < 0.3 else random_time,
-                "id": number,
+                "id": None if rng.random() < 0.05 else number,
                 "word": rng.choice(WORDS),
                 "amount": rng.choice([None, 0.0, -1.5, 1.0, 2.5, 4.999, 5.0, 1e12, math.nan, math.inf, -math.inf, 3.0]),
                 "level": rng.choice([None, 0, 1, -7, 2**40]),

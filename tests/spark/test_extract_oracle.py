@@ -98,3 +98,13 @@ def test_snapshots_alone_equal_the_oracle(spark, tmp_path: Path):
     config = write_config(tmp_path, sources)
     extract(spark, config)
     assert_same(read_extract(config, "x"), expected_extract(config, AS_OF))
+
+
+def test_a_raw_table_may_have_columns_of_any_name(spark, tmp_path: Path):
+    table = random_events(random.Random(3), 60)
+    names = {"flag": "Status", "level": "src", "amount": "user_id", "word": "text", "id": "t"}
+    write_lake(tmp_path, {"bill": table.rename_columns([names.get(one, one) for one in table.column_names])})
+    text = "{text} {Status} {src} {user_id|bucket:1,5}"
+    config = write_config(tmp_path, {"bill": event_source("bill", text, event_id="t")})
+    extract(spark, config)
+    assert_same(read_extract(config, "x"), expected_extract(config, AS_OF))

@@ -11,8 +11,9 @@ from pyspark.sql.types import ArrayType, FloatType, LongType, StringType, Timest
 
 from instructue_feast import schema
 from instructue_feast.errors import DataError, MissingDependencyError, SchemaError, StorageError
+from instructue_feast.java import require_java
 from instructue_spark.io import emit, explain_spark_error, spark_errors, spark_schema
-from instructue_spark.session import get_session, require_java
+from instructue_spark.session import get_session
 
 pytestmark = pytest.mark.spark
 
