@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOUSEHOLDS ?= 500
 DEMO_DIR ?= build/demo
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help setup java models demo test lint types imports check bench docs constraints clean
 
@@ -51,7 +51,7 @@ imports: $(VENV)/.installed  ## Check who imports whom
 check: lint types imports  ## Style, types and import rules
 
 bench: setup  ## Run the benchmarks; appends to benchmarks/results/*.csv
-	@for script in benchmarks/[a-z]*_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(ls benchmarks/*.py | grep -v common.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 constraints: $(VENV)/.installed  ## Rewrite constraints.txt from what .venv holds
 	@{ echo "# The exact versions CI runs; regenerate with 'make constraints'."; \

@@ -16,18 +16,6 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-CANONICAL_EVENTS = pa.schema(
-    [
-        _required("source", pa.string()),
-        _required("user_id", pa.string()),
-        _required("event_time", TIMESTAMP),
-        _required("event_id", pa.int64()),
-        _required("text", pa.string()),
-    ]
-)
-"""One row per event. `event_id` is a 64-bit hash of the id columns; two ids of one user and source that collide would
-merge two of that user's events (odds about n^2 / 2^65 for a user with n events)."""
-
 QUARANTINE = pa.schema(
     [
         _required("source", pa.string()),

@@ -33,7 +33,7 @@ def complete_journey(
         print_json({"folder": str(folder), "rows": rows})
         return
     print_table(f"The Complete Journey in {folder}", ["table", "rows"], [[name, count] for name, count in rows.items()])
-    _next_steps(folder, "2017-10-01T00:00:00Z")
+    _next_steps(folder, summary.as_of)
 
 
 @app.command()
@@ -57,7 +57,7 @@ def synthetic(
         return
     rows = result.value["rows"]
     print_table(f"Synthetic users in {folder}", ["table", "rows"], [[name, count] for name, count in rows.items()])
-    _next_steps(folder, "2025-06-01T00:00:00Z")
+    _next_steps(folder, result.value["as_of"])
 
 
 def _next_steps(folder: Path, as_of: str) -> None:

@@ -17,7 +17,6 @@ from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, InvalidEmbeddingError
 from instructue_feast.runs.store import OutputStore
 
-AS_OF = "2017-10-01T00:00:00Z"
 DATASET = "The Complete Journey (84.51°, 2017)"
 LOOKUPS = 200
 MARKER = ".instructue-demo"
@@ -45,12 +44,12 @@ def demo(
 def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
     """Runs every stage from nothing and returns what `report.json` holds."""
     from instructue_feast.cli.demo_report import write_report
-    from instructue_feast.datasets.complete_journey import write_complete_journey
+    from instructue_feast.datasets.complete_journey import DEMO_AS_OF, write_complete_journey
     from instructue_feast.feature_store.lookup import UserEmbeddings
     from instructue_feast.feature_store.materialize import apply_repo, materialize
 
     if not quiet:
-        err.print(f"[bold]{DATASET}[/]: {households} households, as of {AS_OF}")
+        err.print(f"[bold]{DATASET}[/]: {households} households, as of {DEMO_AS_OF}")
     _start_from_nothing(folder)
     stages: list[StageResult] = []
     with StageDisplay(quiet=quiet) as display:
@@ -60,7 +59,7 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
             return summary.users, sum(summary.rows.values())
 
         stages.append(display.timed("data", data))
-    job = run_backfill_job(str(folder / "instructue.yaml"), AS_OF, quiet=quiet)
+    job = run_backfill_job(str(folder / "instructue.yaml"), DEMO_AS_OF, quiet=quiet)
     stages += job.stages
     run, extract = job.value["run"], job.value["extract"]
     with StageDisplay(quiet=quiet) as display:

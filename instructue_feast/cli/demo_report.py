@@ -20,6 +20,7 @@ from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.from_run import check_run_model, open_embedder
+from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.template import bucket_labels
@@ -45,7 +46,7 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
     names = [one["id"] for one in run["instructions"]]
     table = read_run(store, run["run_id"])
     users = [str(user) for user in table.column("user_id").to_pylist()]
-    vectors = {name: _matrix(table, name) for name in names}
+    vectors = {name: vector_matrix(table, name, "the run") for name in names}
     history = _history(config, store, extract)
     example = _typical_user(history)
     texts = _texts(store, extract)
@@ -69,12 +70,6 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return {"user": history.user_ids[example], "parity": parity}
-
-
-def _matrix(table: Any, name: str) -> npt.NDArray[np.float32]:
-    column = table.column(name).combine_chunks()
-    flat: npt.NDArray[np.float32] = column.flatten().to_numpy()
-    return flat.reshape(len(column), -1)
 
 
 def _history(config: InstructueConfig, store: OutputStore, extract: dict[str, Any]) -> PackedHistory:

@@ -36,7 +36,7 @@ def run_manifest(store: OutputStore, run_id: str) -> RunManifest:
         done = len(finished_buckets(store, run_id))
         raise RunConflictError(
             f"run {run_id} is not finished: it has {done} buckets and no manifest",
-            "wait for its backfill, or start the backfill again: finished buckets are not computed twice",
+            "wait for its backfill, or start another one",
         )
     return from_json(RunManifest, store.read_json("runs", run_id, "manifest.json"), f"manifest of run {run_id}")
 

@@ -63,7 +63,7 @@ def write_bucket(
 
 
 def finished_buckets(store: OutputStore, run_id: str) -> list[BucketMarker]:
-    """The buckets of a run that are done, by number; what a resumed backfill need not compute again."""
+    """The buckets of a run that are done, by number."""
     folders = [name for name in store.names("runs", run_id) if name.startswith("bucket=")]
     done = [name for name in folders if store.exists("runs", run_id, name, "marker.json")]
     return [

@@ -198,6 +198,7 @@ def build_soft_tokens(
     from instructue_feast.model.encoders import describe_encoder
 
     phrasebook = ds.dataset(store.path("extracts", extract.extract_id, "phrasebook"), filesystem=store.fs)
+    schema.check(phrasebook.schema.empty_table(), schema.PHRASEBOOK, f"phrasebook of extract {extract.extract_id}")
     phrases = phrasebook.to_table(columns=["source", "text_id"])
     text_ids, source_index, vectors = [], [], {}
     for index, name in enumerate(config.source_names):
