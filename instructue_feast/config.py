@@ -66,8 +66,8 @@ class EventSourceConfig:
         user_id: Column of the user id; any type, cast to string.
         time: Timestamp column.
         time_zone: Zone of a timestamp column that carries none.
-        event_id: Column or columns that identify an event; all columns of the row when left out, or where they are
-            all null.
+        event_id: Column or columns that identify an event; all columns of the row when left out. Events whose id
+            columns are all null are told apart by the columns named here.
         text: Template of the event text.
         where: SQL conditions a row must meet.
         max_texts: Distinct texts kept per user; also the source's share of the prompt, in tokens.

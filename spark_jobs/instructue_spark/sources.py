@@ -143,7 +143,7 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, a
     judged = raw.frame.select("*", *_judgement(status, user, time))
     rendered = judged.select(
         *_identity(config, name),
-        F.when(kept, _event_id(raw, source.event_id_columns)).alias("event_id"),
+        F.when(kept, _event_id(raw, source)).alias("event_id"),
         F.when(kept, text).alias("text"),
         _quarantined_row(raw, source.columns).alias("row"),
     )
@@ -311,16 +311,17 @@ def _numeric(raw: RawTable, name: str) -> Column:
     return F.when(render.is_finite(value), value).otherwise(F.lit(float("nan")).cast("float"))
 
 
-def _event_id(raw: RawTable, declared: tuple[str, ...]) -> Column:
-    """Hash of the declared id columns; of the whole row when none is declared or all of them are null.
+def _event_id(raw: RawTable, source: EventSourceConfig) -> Column:
+    """Hash of the declared id columns; of the whole row when none is declared.
 
-    Events without an id must not be taken for one and the same event.
+    Events whose id columns are all null must not be taken for one and the same event: they are told apart by the columns
+    the source names, and not by all, so that Spark need not read the rest of a wide table.
     """
-    whole_row = _row_hash(raw, tuple(raw.types))
+    declared = source.event_id_columns
     if not declared:
-        return whole_row
+        return _row_hash(raw, tuple(raw.types))
     nothing = reduce(Column.__and__, [column(name).isNull() for name in declared])
-    return F.when(nothing, whole_row).otherwise(_row_hash(raw, declared))
+    return F.when(nothing, _row_hash(raw, source.columns)).otherwise(_row_hash(raw, declared))
 
 
 def _row_hash(raw: RawTable, names: tuple[str, ...]) -> Column:

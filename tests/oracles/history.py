@@ -103,7 +103,7 @@ def _events(result, config, as_of, name, index, source, rows, tokens, num_events
             result.phrasebook[number] = (name, text)
             declared = source.event_id_columns
             named = any(row[column] is not None for column in declared)
-            columns = declared if named else sorted(row)
+            columns = declared if named else source.columns if declared else sorted(row)
             identity = json.dumps([named, [row[column] for column in columns]], default=repr)
             known = best.get((user, identity))
             if known is None or time > known[0] or (time == known[0] and number < known[1]):

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import ConfigError, DataError, InstructueError, RunConflictError, SchemaError, StorageError
 from instructue_feast.runs.manifest import ExtractManifest
-from instructue_spark import render
+from instructue_spark import history, render
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter
 from tests.oracles.extracts import read_extract
@@ -172,6 +172,18 @@ def test_an_extract_id_that_leaves_its_folder_is_refused(spark, lake: Path):
     config = write_config(lake, {"bill": event_source("bill")})
     with pytest.raises(ConfigError, match="extract id"):
         run_extract(spark, config, AS_OF, extract_id="../x", reporter=Reporter(stream=None))
+
+
+def test_an_interrupted_extract_leaves_nothing_and_a_usable_session(spark, lake: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(history, "packed_history", interrupt)
+    config = write_config(lake, {"bill": event_source("bill")})
+    with pytest.raises(KeyboardInterrupt):
+        extract(spark, config)
+    assert not (Path(config.output.path) / "extracts" / "x").exists()
+    assert spark.range(3).count() == 3
 
 
 def test_two_texts_with_the_same_id_are_refused(spark, lake: Path, monkeypatch: pytest.MonkeyPatch):
