@@ -314,8 +314,8 @@ def _numeric(raw: RawTable, name: str) -> Column:
 def _event_id(raw: RawTable, source: EventSourceConfig) -> Column:
     """Hash of the declared id columns; of the whole row when none is declared.
 
-    Events whose id columns are all null must not be taken for one and the same event: they are told apart by the columns
-    the source names, and not by all, so that Spark need not read the rest of a wide table.
+    Events whose id columns are all null must not be taken for one and the same event: they are told apart by the
+    columns the source names, and not by all, so that Spark need not read the rest of a wide table.
     """
     declared = source.event_id_columns
     if not declared:
