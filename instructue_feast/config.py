@@ -183,7 +183,7 @@ class ModelSettings:
         embedding_dim: Size of the user embedding.
         seed: Seed of an untrained model's adapters and heads.
         dtype: Compute type of the LLM.
-        max_batch_tokens: Upper bound on the padded tokens of one forward pass.
+        max_batch_tokens: Upper bound on the padded tokens of one forward pass; left out, what suits the device.
     """
 
     path: str | None = None
@@ -192,7 +192,7 @@ class ModelSettings:
     embedding_dim: int = Field(default=128, ge=2, le=4096)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_batch_tokens: int = Field(default=4096, ge=64)
+    max_batch_tokens: int | None = Field(default=None, ge=64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

@@ -18,7 +18,7 @@ from instructue_feast.runs.store import OutputStore
 
 
 def open_embedder(
-    store: OutputStore, run_id: str, *, dtype: str = "float32", max_batch_tokens: int = 4096
+    store: OutputStore, run_id: str, *, dtype: str = "float32", max_batch_tokens: int | None = None
 ) -> UserEmbedder:
     """Loads the model and the soft-token table of a run.
 
@@ -26,7 +26,7 @@ def open_embedder(
         store: Where the run lives.
         run_id: The run.
         dtype: Compute type of the LLM, `float32` or `bfloat16`.
-        max_batch_tokens: Upper bound on the padded tokens of one forward pass.
+        max_batch_tokens: Upper bound on the padded tokens of one forward pass; `None` for what suits the device.
 
     Returns:
         An embedder for the users of that run's extract.
@@ -45,7 +45,7 @@ def open_embedder(
         return _open(Path(scratch), dtype, max_batch_tokens)
 
 
-def _open(folder: Path, dtype: str, max_batch_tokens: int) -> UserEmbedder:
+def _open(folder: Path, dtype: str, max_batch_tokens: int | None) -> UserEmbedder:
     model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")
     return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens)

@@ -180,7 +180,7 @@ class RunPlan:
     instructions: tuple[Instruction, ...]
     embedding_dim: int
     dtype: str
-    max_batch_tokens: int
+    max_batch_tokens: int | None
 
 
 def build_soft_tokens(
