@@ -21,11 +21,14 @@ def publish(
     """
     import dataclasses
 
+    from instructue_feast.runs.publish import prune_publications
     from instructue_feast.runs.publish import publish as publish_run
     from instructue_feast.runs.store import OutputStore
 
     project = load_config(config)
-    publication = publish_run(OutputStore(project.output.path), run_id, keep_runs=project.output.keep_runs)
+    store = OutputStore(project.output.path)
+    publication = publish_run(store, run_id, keep_runs=project.output.keep_runs)
+    prune_publications(store, keep=project.output.keep_publications)
     if as_json:
         print_json(dataclasses.asdict(publication))
         return

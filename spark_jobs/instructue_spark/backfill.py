@@ -10,9 +10,6 @@ also when its publication fails: `instructue publish` can be tried again.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +18,10 @@ from pyspark.sql import SparkSession
 
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError, DataError, LeakageError, VersionMismatchError, did_you_mean
+from instructue_feast.inference.version import embedding_version, model_version
 from instructue_feast.instructions import Instruction
+from instructue_feast.model.factory import load_model
+from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.runs.audit import combine_digests
 from instructue_feast.runs.manifest import (
     ExtractManifest,
@@ -36,6 +36,7 @@ from instructue_feast.runs.manifest import (
 from instructue_feast.runs.publish import prune_publications, publish
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
+from instructue_spark.claim import claimed
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter, run_main
@@ -93,13 +94,16 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
     run_id = check_id("run", request.run_id or new_id(request.as_of, config.history_digest(), stamp))
     if request.extract_id is not None:
         check_id("extract", request.extract_id)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": stamp}
-    store.claim(owner, "runs", run_id, "owner.json")
-    try:
-        manifest = _make_run(spark, request, instructions, store, run_id, created, reporter)
-    except BaseException:
-        _discard(spark, request, store, run_id)
-        raise
+    with claimed(spark, store, "runs", run_id):
+        model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
+        _check_leakage(model.config.trained_through, request)
+        extract = _extract(spark, request, store, run_id, reporter)
+        try:
+            manifest = _make_run(spark, request, model, extract, instructions, store, run_id, created, reporter)
+        except BaseException:
+            if request.extract_id is None:
+                store.remove("extracts", extract.extract_id)
+            raise
     if request.publish:
         with reporter.stage("publish") as stage:
             stage.rows_in = stage.rows_out = manifest.users
@@ -108,33 +112,18 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
     return manifest
 
 
-def _discard(spark: SparkSession, request: BackfillRequest, store: OutputStore, run_id: str) -> None:
-    """Removes an unfinished run and the extract made for it."""
-    if store.exists("runs", run_id, "manifest.json"):
-        return
-    store.remove_file("runs", run_id, "owner.json")  # workers still at it now refuse to write a bucket
-    spark.sparkContext.cancelAllJobs()
-    store.remove("runs", run_id)
-    if request.extract_id is None:
-        store.remove("extracts", run_id)
-
-
 def _make_run(
     spark: SparkSession,
     request: BackfillRequest,
+    model: InstructUEModel,
+    extract: ExtractManifest,
     instructions: tuple[Instruction, ...],
     store: OutputStore,
     run_id: str,
     created: datetime,
     reporter: Reporter,
 ) -> RunManifest:
-    from instructue_feast.inference.version import embedding_version, model_version
-    from instructue_feast.model.factory import load_model
-
-    config, started = request.config, time.monotonic()
-    model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
-    _check_leakage(model.config.trained_through, request)
-    extract = _extract(spark, request, store, run_id, reporter)
+    config = request.config
     texts_encoded = encode_new_texts(spark, config, store, extract, reporter)
     with reporter.stage("soft_tokens") as stage:
         stage.rows_in = extract.distinct_texts
@@ -161,7 +150,6 @@ def _make_run(
         for one in instructions
     ]
     version, trained, embedding_dim = model_version(model, config), model.config.trained, model.config.embedding_dim
-    del model  # the workers have their own; two copies of a large LLM may not fit
     markers, loads = embed_users(spark, plan, store, extract, reporter)
     manifest = RunManifest(
         run_id=run_id,
@@ -180,7 +168,7 @@ def _make_run(
         texts_encoded=texts_encoded,
         distinct_texts=extract.distinct_texts,
         digest=combine_digests([marker.digest for marker in markers]),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round((datetime.now(UTC) - created).total_seconds(), 3),
         model_loads=loads,
     )
     if manifest.users != extract.users:

@@ -254,8 +254,6 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
     started = time.monotonic()
     embedder = _worker_embedder(plan)
     store = OutputStore(plan.root)
-    if not store.exists("runs", plan.run_id, "owner.json"):
-        raise RunConflictError(f"run {plan.run_id} was given up", "its backfill failed; start another")
     names = [one.id for one in plan.instructions]
     folder = store.path("extracts", plan.extract_id, "history", f"bucket={bucket}")
     tokens = 0
@@ -289,6 +287,8 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
         ],
         schema=schema.embeddings_schema(names),
     )
+    if not store.exists("runs", plan.run_id, "owner.json"):
+        raise RunConflictError(f"run {plan.run_id} was given up", "its backfill failed; start another")
     seconds = time.monotonic() - started
     return write_bucket(store, plan.run_id, bucket, rows, tokens=tokens, seconds=seconds, dim=plan.embedding_dim)
 

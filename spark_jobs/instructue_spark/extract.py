@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +25,7 @@ from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, check_id, new_id, parse_as_of, to_json
 from instructue_feast.runs.store import OutputStore
 from instructue_spark import history, sources
+from instructue_spark.claim import claimed
 from instructue_spark.io import spark_errors, spark_schema
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session, settle
@@ -71,24 +69,10 @@ def run_extract(
     store = OutputStore(config.output.path)
     store.require_free(config.output.min_free_gib)
     folder = ("extracts", extract_id)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat()}
-    store.claim(owner, *folder, "owner.json")
-    tag = f"extract-{extract_id}"
-    spark.sparkContext.addJobTag(tag)
-    try:
-        with spark_errors(), _caches() as caches:
-            job = _Job(settle(spark), config, as_of.astimezone(UTC), reporter, store, folder, caches)
-            manifest = job.run(extract_id, started)
+    with claimed(spark, store, *folder), spark_errors(), _caches() as caches:
+        job = _Job(settle(spark), config, as_of.astimezone(UTC), reporter, store, folder, caches)
+        manifest = job.run(extract_id, started)
         store.write_json(to_json(manifest), *folder, "manifest.json")
-    except BaseException as error:
-        if isinstance(error, Exception):
-            spark.sparkContext.removeJobTag(tag)
-            store.remove(*folder)
-        else:
-            _stop_jobs(spark, tag)
-            _remove_for_good(store, folder)
-        raise
-    spark.sparkContext.removeJobTag(tag)
     return manifest
 
 
@@ -217,25 +201,6 @@ def _caches() -> Iterator[list[DataFrame]]:
 def _unpersist(frames: list[DataFrame]) -> None:
     for frame in frames:
         frame.unpersist()
-
-
-def _stop_jobs(spark: SparkSession, tag: str) -> None:
-    """Cancels what an interrupted extract left running.
-
-    From another thread, because this one's connection to the JVM still waits for the answer to an interrupted command.
-    """
-    stopper = threading.Thread(target=spark.sparkContext.cancelJobsWithTag, args=(tag,), daemon=True)
-    stopper.start()
-    stopper.join(timeout=10)
-
-
-def _remove_for_good(store: OutputStore, folder: tuple[str, ...]) -> None:
-    """Removes a folder that tasks which are being killed may bring back once or twice."""
-    for _ in range(10):
-        store.remove(*folder)
-        time.sleep(0.2)
-        if not store.exists(*folder):
-            return
 
 
 def _without_conditions(source: Any) -> Any:

@@ -33,6 +33,7 @@ from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
 from instructue_spark.backfill import BackfillRequest, run_backfill
+from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter
 from tests.projects import AS_OF, NUM_USERS, load, make_project, write_table
 
@@ -175,6 +176,14 @@ def test_an_extract_can_be_embedded_for_one_instruction_only(spark, done):
     publication = current_publication(OutputStore(config.output.path))
     assert publication is not None
     assert publication.run_id == run.run_id
+
+
+def test_a_failing_backfill_leaves_an_extract_of_the_same_name_alone(spark, project):
+    run_extract(spark, project, AS_OF, extract_id="mine", reporter=SILENT)
+    before = everything_below(Path(project.output.path))
+    with pytest.raises(RunConflictError, match="mine"):
+        backfill(spark, project, run_id="mine")
+    assert everything_below(Path(project.output.path)) == before
 
 
 def test_an_extract_of_other_settings_is_refused(spark, done):
