@@ -19,6 +19,8 @@ def get(
 ) -> None:
     """Look users up in the online store: one vector per instruction.
 
+    Users that are not in the store are shown as such and change nothing about the exit code.
+
     Example: [bold]instructue get 1001 1002 --repo feature_repo --instruction churn[/]
     """
     from instructue_feast.feature_store.lookup import UserEmbeddings
@@ -45,5 +47,7 @@ def get(
         for name, vectors in found.vectors.items():
             known = bool(found.found[name][row])
             head = ", ".join(f"{value:+.3f}" for value in vectors[row][:6]) + ", …" if known else "not in the store"
-            rows.append([user, name, str(found.as_of[name][row])[:10] if known else "", vectors.shape[1], head])
+            rows.append(
+                [user, name, str(found.as_of[name][row])[:10] if known else "", vectors.shape[1] if known else "", head]
+            )
     print_table("User embeddings", ["user", "instruction", "as of", "dimensions", "vector"], rows)

@@ -71,6 +71,8 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
         except BaseException:
             process.terminate()  # the job removes what it has half written
             raise
+    if type(error) is InstructueError:  # nobody knows what it was
+        raise InstructueError(error.message, f"{error.hint}: {log}")
     if error is not None:
         raise error
     if process.returncode:

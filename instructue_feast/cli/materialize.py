@@ -27,4 +27,8 @@ def materialize(repo: RepoOption = Path(), as_json: JsonOption = False) -> None:
     if as_json:
         print_json([{"view": view.name, "rows": view.rows, "seconds": view.seconds} for view in views])
         return
-    print_table("In the online store", ["view", "rows", "seconds"], [[v.name, v.rows, v.seconds] for v in views])
+    print_table(
+        f"In the online store of {repo.resolve()}",
+        ["view", "rows", "seconds"],
+        [[v.name, v.rows, v.seconds] for v in views],
+    )

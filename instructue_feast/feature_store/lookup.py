@@ -107,7 +107,7 @@ class UserEmbeddings:
             names = [one.name for one in registry.list_feature_services(project, allow_cache=True)]
             raise ConfigError(
                 f"the registry has no feature service {self.service!r}; there are {listed(names)}",
-                "name another service, or publish a run and then run `feast apply` and `instructue materialize`",
+                "run `feast apply` and `instructue materialize` once a backfill has published, or name another service",
             ) from None
         views = [served_view(self.store, one.name) for one in service.feature_view_projections]
         return {view.instruction: view for view in views}

@@ -56,7 +56,9 @@ def apply_repo(repo: Path | str) -> list[str]:
     folder = Path(repo).resolve()
     store = open_store(folder)
     if current_publication(_output(folder)) is None:
-        raise ConfigError("nothing is published yet", "run `instructue backfill` and `instructue publish` first")
+        raise ConfigError(
+            "nothing is published yet", "run `instructue backfill` first; it publishes unless told not to"
+        )
     wanted = feature_views(folder / CONFIG_NAME)
     with quiet():
         registry, project = store.registry, store.project
@@ -102,7 +104,9 @@ def materialize(
     output = _output(folder)
     publication = current_publication(output)
     if publication is None:
-        raise ConfigError("nothing is published yet", "run `instructue backfill` and `instructue publish` first")
+        raise ConfigError(
+            "nothing is published yet", "run `instructue backfill` first; it publishes unless told not to"
+        )
     store = open_store(folder)
     _check_registry(store, publication)
     # Redis skips a write whose event time is not newer, so a run published again for the same `as_of` would be lost.

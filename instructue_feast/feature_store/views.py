@@ -51,7 +51,7 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
     if publication is None:
         sys.stderr.write(
             f"Nothing is published in {config.output.path} yet, so there are no feature views to register.\n"
-            "Hint: run `instructue backfill` and `instructue publish`, then apply again.\n"
+            "Hint: run `instructue backfill`, which publishes, then apply again.\n"
         )
         return objects
     views = {view.name: _feature_view(config, publication, view, entity) for view in publication.views}

@@ -20,7 +20,7 @@ from typing import Any
 
 import fsspec
 
-from instructue_feast.errors import RunConflictError, StorageError
+from instructue_feast.errors import MissingDependencyError, RunConflictError, StorageError
 
 
 class OutputStore:
@@ -30,12 +30,19 @@ class OutputStore:
         root: A local path or an fsspec URL.
 
     Raises:
+        MissingDependencyError: The URL's protocol needs a package that is not installed.
         StorageError: A write fails, because the disk is full or the location is not writable.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        try:
+            self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise MissingDependencyError(
+                f"cannot open {self.root.split('://')[0]}:// : {error}",
+                "install the fsspec package of that store: s3fs, gcsfs, adlfs, ...",
+            ) from None
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def url(self, *parts: str) -> str:
