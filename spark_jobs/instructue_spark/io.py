@@ -89,7 +89,7 @@ def emit(table: pa.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         column = table.column(field.name)
         try:
             column = column.cast(field.type, safe=True)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        except pa.ArrowException:
             message = f"column {field.name} of type {column.type} does not fit {field.type} without loss"
             raise SchemaError(message, "convert it before") from None
         if not field.nullable and column.null_count:
