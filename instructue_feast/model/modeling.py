@@ -18,9 +18,9 @@ from instructue_feast.model import saving
 from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, SourceAdapter
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
-from instructue_feast.model.focus import Focus
+from instructue_feast.model.focus import Focus, FocusResult
 from instructue_feast.model.layout import Ints, PackedPrompts, additive_mask
-from instructue_feast.model.prompt import PromptTokens, Suffix, UserBatch
+from instructue_feast.model.prompt import PaddedUsers, PromptTokens, Suffix, UserBatch
 
 # B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
 # H = hidden size, K = instructions, S = padded prompt length
@@ -238,18 +238,7 @@ class InstructUEModel(nn.Module):
         """
         history = batch.history
         padded = self.prompt.pad(batch)
-        similarity_BLK = similarity_TK.new_zeros(*padded.text_BL.shape, similarity_TK.shape[1])
-        if len(similarity_TK):
-            similarity_BLK = similarity_TK[padded.text_BL]
-        focus = self.focus(
-            similarity_BLK,
-            padded.valid_BL,
-            padded.soft_BLH,
-            self.prompt.count(padded.count_BL),
-            self.prompt.age(padded.age_BL),
-            padded.count_BL,
-            padded.age_BL,
-        )
+        focus = self._focus(padded, similarity_TK)
         numeric_BGH = self.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device))
         table_VH, prompts = self.prompt.assemble(
             batch,
@@ -265,6 +254,21 @@ class InstructUEModel(nn.Module):
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
         return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
 
+    def _focus(self, padded: PaddedUsers, similarity_TK: torch.Tensor) -> FocusResult:
+        similarity_BLK = similarity_TK.new_zeros(*padded.text_BL.shape, similarity_TK.shape[1])
+        if len(similarity_TK):
+            similarity_BLK = similarity_TK[padded.text_BL]
+        result: FocusResult = self.focus(
+            similarity_BLK,
+            padded.valid_BL,
+            padded.soft_BLH,
+            self.prompt.count(padded.count_BL),
+            self.prompt.age(padded.age_BL),
+            padded.count_BL,
+            padded.age_BL,
+        )
+        return result
+
     def _run_llm(self, table_VH: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
         segment_BS = torch.from_numpy(prompts.segment_BS).to(self.device)
         inputs_BSH = table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)]
@@ -279,16 +283,6 @@ class InstructUEModel(nn.Module):
     def focus_weights(self, batch: UserBatch, similarity_TK: torch.Tensor) -> npt.NDArray[np.float32]:
         """`[T, K]` what each instruction looks at, over each user's texts a distribution; needs no LLM."""
         padded = self.prompt.pad(batch)
-        if not len(similarity_TK):
-            return np.zeros(tuple(similarity_TK.shape), np.float32)
-        result = self.focus(
-            similarity_TK[padded.text_BL],
-            padded.valid_BL,
-            padded.soft_BLH,
-            self.prompt.count(padded.count_BL),
-            self.prompt.age(padded.age_BL),
-            padded.count_BL,
-            padded.age_BL,
-        )
+        result = self._focus(padded, similarity_TK)
         weights: npt.NDArray[np.float32] = result.weights[padded.valid_BL].detach().cpu().numpy()
         return weights

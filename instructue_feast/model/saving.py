@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from instructue_feast.errors import (
     VersionMismatchError,
     listed,
 )
+from instructue_feast.files import replacing
 from instructue_feast.model.artifacts import folder_digest, local_folder, quiet, require_safetensors
 from instructue_feast.model.bundled import resolve_folder
 from instructue_feast.model.config import InstructUEConfig
@@ -112,10 +111,7 @@ def save(model: InstructUEModel, folder: Path) -> None:
     """See `InstructUEModel.save_pretrained`."""
     if model.lora_digest is not None:
         raise StorageError("a model with merged LoRA cannot be saved", "load it again with merge_lora=False")
-    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    replaced = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.old"
-    try:
-        scratch.mkdir(parents=True)
+    with replacing(folder) as scratch:
         model.config.save_pretrained(scratch)
         # Shared storage is not allowed in safetensors, hence the copies.
         save_file(
@@ -125,14 +121,6 @@ def save(model: InstructUEModel, folder: Path) -> None:
             model.llm.save_pretrained(  # type: ignore[operator]
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
             )
-        if folder.exists():
-            folder.rename(replaced)
-        scratch.rename(folder)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}", "free disk space or mend the rights") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(
