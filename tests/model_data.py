@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
@@ -35,7 +37,7 @@ INSTRUCTIONS = tuple(
 )
 
 
-def make_model(llm: str, encoder: str, *, seed: int = 0, embedding_dim: int = 16) -> InstructUEModel:
+def make_model(llm: str, encoder: str, *, seed: int = 0, embedding_dim: int = 16, **settings: Any) -> InstructUEModel:
     """An untrained model over `SOURCES`."""
     return untrained(
         encoders=dict.fromkeys(SOURCES, encoder),
@@ -43,6 +45,7 @@ def make_model(llm: str, encoder: str, *, seed: int = 0, embedding_dim: int = 16
         llm=llm,
         embedding_dim=embedding_dim,
         seed=seed,
+        **settings,
     )
 
 

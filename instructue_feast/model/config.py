@@ -28,10 +28,14 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
         llm: The base LLM: alias, folder or hub name. Its weights are never part of a saved model.
         llm_digest: Hash of the base LLM's files; checked on load.
         hidden_size: Hidden size of the LLM.
+        llm_layers: Layers of the LLM that are kept, from the first; 0 for all. Its vocabulary head stays.
         embedding_dim: Size of the user embedding.
         adapter_dim: Middle size of the adapters; 0 for the size of the encoder.
         focus_dim: Size of the focus keys; 0 for the largest encoder.
         projection_dim: Middle size of the projection.
+        prompt_texts: Newest texts of each source that stand in the prompt; 0 for all. Summaries and focus see all.
+        focus_token: Whether each instruction gets its focus token.
+        summary_tokens: Whether sources and user get summary tokens.
         preamble: Text at the head of every prompt.
         seed: Seed the weights were initialised from.
         history_digest: `InstructueConfig.history_digest()` of the training data, if any.
@@ -50,10 +54,14 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
     llm: str = ""
     llm_digest: str = ""
     hidden_size: int = 0
+    llm_layers: int = 0
     embedding_dim: int = 128
     adapter_dim: int = 0
     focus_dim: int = 0
     projection_dim: int = 512
+    prompt_texts: int = 0
+    focus_token: bool = True
+    summary_tokens: bool = True
     preamble: str = PREAMBLE
     seed: int = 0
     history_digest: str | None = None
@@ -105,7 +113,7 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
             "numeric_columns": self.numeric_columns,
             "llm": self.llm_digest,
             "dims": [self.hidden_size, self.embedding_dim, self.adapter_dim, self.focus_dim, self.projection_dim],
-            "preamble": self.preamble,
+            "prompt": [self.llm_layers, self.prompt_texts, self.focus_token, self.summary_tokens, self.preamble],
             "format": self.format,
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -57,6 +57,10 @@ def untrained(
     adapter_dim: int = 0,
     focus_dim: int = 0,
     projection_dim: int = 512,
+    llm_layers: int = 0,
+    prompt_texts: int = 0,
+    focus_token: bool = True,
+    summary_tokens: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> InstructUEModel:
@@ -70,11 +74,15 @@ def untrained(
         adapter_dim: Middle size of the adapters; 0 for the encoder's.
         focus_dim: Size of the focus keys; 0 for the largest encoder's.
         projection_dim: Middle size of the projection.
+        llm_layers: Layers of the LLM to keep; 0 for all.
+        prompt_texts: Newest texts of each source in the prompt; 0 for all.
+        focus_token: Whether instructions get a focus token.
+        summary_tokens: Whether there are summary tokens.
         seed: Seed of all weights of ours.
         dtype: Compute type of the LLM.
     """
     described = {name: describe_encoder(name) for name in set(encoders.values())}
-    causal, tokenizer, digest = load_llm(llm, dtype)
+    causal, tokenizer, digest = load_llm(llm, dtype, llm_layers)
     embedding_VH = causal.get_input_embeddings().weight.detach()  # type: ignore[operator]
     model_config = InstructUEConfig(
         sources=list(encoders),
@@ -89,6 +97,10 @@ def untrained(
         adapter_dim=adapter_dim,
         focus_dim=focus_dim,
         projection_dim=projection_dim,
+        llm_layers=llm_layers,
+        prompt_texts=prompt_texts,
+        focus_token=focus_token,
+        summary_tokens=summary_tokens,
         seed=seed,
     )
     model = InstructUEModel(model_config, causal, tokenizer)
@@ -110,6 +122,7 @@ def _initialise(model: InstructUEModel, embedding_VH: torch.Tensor, seed: int) -
         model.prompt.closing[index] = mean_of(f"</{words}>")
         model.prompt.missing[index] = mean_of(f"no {words}")
     model.prompt.user[0] = mean_of("<USER>")
+    model.prompt.answer[0] = mean_of("<ANSWER>")
     model.prompt.initialise(rms, seed=seed, name="prompt")
     model.numeric.initialise(rms, seed=seed, name="numeric")
     model.focus.initialise(mean_of("nothing"), rms, seed=seed, name="focus")

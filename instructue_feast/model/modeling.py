@@ -78,6 +78,8 @@ class InstructUEModel(nn.Module):
             [sources.index(source) for source, _, _ in groups],
             [sources.index(source) for source, _, _ in config.numeric_columns or []],
             hidden,
+            prompt_texts=config.prompt_texts,
+            summaries=config.summary_tokens,
         )
         self.projection = ProjectionHead(hidden, config.projection_dim, config.embedding_dim)
         self._preamble: Ints = np.asarray(tokenizer(config.preamble, split_special_tokens=True)["input_ids"], np.int64)
@@ -224,6 +226,36 @@ class InstructUEModel(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return np.asarray(ids, np.int64)
 
+    def answer_ids(self, text: str) -> Ints:
+        """LLM tokens of an answer, its end included: what the next-token loss predicts and the answer tower reads."""
+        return np.append(self.word_ids(text), np.int64(self.tokenizer.eos_token_id))
+
+    def answer_embeddings(self, answers: Sequence[Ints]) -> torch.Tensor:
+        """Embeds answers in the space of the users: same LLM, last token, same projection.
+
+        Args:
+            answers: A answers, each as `answer_ids` gives it.
+
+        Returns:
+            `[A, embedding_dim]` float32 unit vectors.
+
+        Source: Q-Anchor (arXiv 2602.14492).
+        """
+        longest = max(len(one) for one in answers)
+        ids_AS = np.zeros((len(answers), longest + 1), np.int64)
+        for row, ids in enumerate(answers):
+            ids_AS[row, : len(ids)] = ids
+        last_A = torch.tensor([len(one) for one in answers], device=self.device)
+        embed = self.llm.get_input_embeddings()  # type: ignore[operator]
+        words_ASH = embed(torch.from_numpy(ids_AS).to(self.device)).float()
+        readout_AS1 = (torch.arange(longest + 1, device=self.device) == last_A[:, None])[:, :, None]
+        inputs_ASH = torch.where(readout_AS1, self.prompt.answer, words_ASH).to(self.llm_dtype)
+        # Causal, and padded on the right only: nothing before the readout sees the padding.
+        hidden_ASH = self.backbone(inputs_embeds=inputs_ASH, use_cache=False).last_hidden_state
+        rows = torch.arange(len(answers), device=self.device)
+        embeddings: torch.Tensor = self.projection(hidden_ASH[rows, last_A])
+        return embeddings
+
     # -- the pass ------------------------------------------------------------------------------------------------
 
     def forward(
@@ -239,12 +271,15 @@ class InstructUEModel(nn.Module):
         history = batch.history
         padded = self.prompt.pad(batch)
         focus = self._focus(padded, similarity_TK)
+        tokens_BKH = focus.tokens
+        if not self.config.focus_token:  # says nothing, but keeps its place
+            tokens_BKH = self.focus.nothing.expand_as(tokens_BKH)
         numeric_BGH = self.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device))
         table_VH, prompts = self.prompt.assemble(
             batch,
             padded,
             numeric_BGH,
-            focus.tokens,
+            tokens_BKH,
             suffixes,
             self._preamble,
             self.llm.get_input_embeddings(),  # type: ignore[operator]

@@ -94,10 +94,23 @@ class PromptTokens(nn.Module):
         group_sources: Source index of each numeric group.
         column_sources: Source index of each numeric column.
         hidden: H.
+        prompt_texts: Newest texts of each source that stand in the prompt; 0 for all.
+        summaries: Whether summary tokens say anything; without, they are constants in the same places.
     """
 
-    def __init__(self, num_sources: int, group_sources: list[int], column_sources: list[int], hidden: int) -> None:
+    def __init__(
+        self,
+        num_sources: int,
+        group_sources: list[int],
+        column_sources: list[int],
+        hidden: int,
+        *,
+        prompt_texts: int = 0,
+        summaries: bool = True,
+    ) -> None:
         super().__init__()
+        self.prompt_texts = prompt_texts
+        self.summaries = summaries
         self.num_sources = num_sources
         self.group_sources = group_sources
         self.column_sources = column_sources
@@ -107,6 +120,7 @@ class PromptTokens(nn.Module):
         self.closing = nn.Parameter(torch.zeros(num_sources, hidden))
         self.missing = nn.Parameter(torch.zeros(num_sources, hidden))
         self.user = nn.Parameter(torch.zeros(1, hidden))
+        self.answer = nn.Parameter(torch.zeros(1, hidden))
         self.source_summary = SummaryToken(hidden)
         self.user_summary = SummaryToken(hidden)
 
@@ -126,6 +140,9 @@ class PromptTokens(nn.Module):
         flat = np.bincount(users * self.num_sources + history.source_index, minlength=len(history) * self.num_sources)
         return flat.reshape(len(history), self.num_sources).astype(np.int64)
 
+    def _in_prompt(self, texts_BR: Ints) -> Ints:
+        return np.minimum(texts_BR, self.prompt_texts) if self.prompt_texts else texts_BR
+
     def has_numbers(self, history: PackedHistory) -> npt.NDArray[np.bool_]:
         """`[B, R]` whether a source has any number that is not missing."""
         present = np.zeros((len(history), self.num_sources), bool)
@@ -137,6 +154,7 @@ class PromptTokens(nn.Module):
         """`[B]` tokens of each user's prefix, without assembling it."""
         texts_BR, numbers_BR = self.texts_per_source(history), self.has_numbers(history)
         groups_R = np.bincount(np.asarray(self.group_sources, np.int64), minlength=self.num_sources)
+        texts_BR = self._in_prompt(texts_BR)
         inside_BR = texts_BR + numbers_BR * groups_R + ((texts_BR == 0) & ~numbers_BR)
         lengths: Ints = preamble_length + (inside_BR + 3).sum(1) + 1
         return lengths
@@ -241,6 +259,7 @@ class PromptTokens(nn.Module):
 
         head = word_rows(preamble)
         texts_BR = self.texts_per_source(batch.history)
+        shown_BR = self._in_prompt(texts_BR)
         groups = [[g for g, owner in enumerate(self.group_sources) if owner == r] for r in range(self.num_sources)]
         num_events, num_groups, num_suffixes = events_BLH.shape[1], numeric_BGH.shape[1], focus_BKH.shape[1]
         heads = {id(one): word_rows(one.token_ids) for one in distinct}
@@ -251,7 +270,7 @@ class PromptTokens(nn.Module):
             start = first_event + user * num_events
             for source in range(self.num_sources):
                 end = start + int(texts_BR[user, source])
-                parts += [[opening + source], np.arange(start, end)]
+                parts += [[opening + source], np.arange(end - int(shown_BR[user, source]), end)]
                 if numbers_BR[user, source]:
                     parts.append([first_number + user * num_groups + group for group in groups[source]])
                 elif start == end:
@@ -293,6 +312,8 @@ class PromptTokens(nn.Module):
         nothing_BH = self.missing.mean(0).expand(len(sum_BRH), -1)
         total_B1 = size_BR.sum(1, keepdim=True)
         mean_BH = torch.where(total_B1 == 0, nothing_BH, sum_BRH.sum(1) / total_B1.clamp(min=1))
+        if not self.summaries:
+            mean_BRH, mean_BH = torch.zeros_like(mean_BRH), torch.zeros_like(mean_BH)
         return self.source_summary(mean_BRH), self.user_summary(mean_BH)
 
 

@@ -54,10 +54,16 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def load_llm(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
+def load_llm(name: str, dtype: torch.dtype, layers: int = 0) -> tuple[nn.Module, Any, str]:
     """Loads the base LLM, its tokenizer, and the digest of its files.
 
+    Args:
+        name: Alias, folder or hub name.
+        dtype: Compute type.
+        layers: Layers to keep, from the first; 0 for all.
+
     Raises:
+        ConfigError: The LLM has fewer layers.
         DataError: There is no such model, or no weights.
         UnsafeArtifactError: Its weights are pickled.
     """
@@ -66,8 +72,25 @@ def load_llm(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
         llm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
         )
+    if layers:
+        _cut(llm, layers)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return llm.eval(), tokenizer, folder_digest(folder)
+
+
+def _cut(llm: nn.Module, layers: int) -> None:
+    """Keeps the first layers; the last norm and the vocabulary head stay."""
+    base: Any = llm.base_model
+    stack = getattr(base, "layers", None)
+    if not isinstance(stack, nn.ModuleList):
+        raise ConfigError(f"llm_layers: {type(llm).__name__} has no list of layers", "set llm_layers to 0")
+    if layers > len(stack):
+        raise ConfigError(f"llm_layers is {layers}, the LLM has {len(stack)}", "lower it, or set it to 0 for all")
+    base.layers = stack[:layers]
+    for config in {id(one): one for one in (llm.config, base.config)}.values():
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -137,7 +160,7 @@ def load(
     require_safetensors(folder, kind="model folder", weights=WEIGHTS_NAME)
     config = read_config(folder)
     _relocate(config, llm, encoders)
-    causal, tokenizer, digest = load_llm(config.llm, dtype)
+    causal, tokenizer, digest = load_llm(config.llm, dtype, config.llm_layers)
     require_digest("LLM", config.llm, digest, config.llm_digest)
     for encoder in config.encoder_names:
         require_digest(

@@ -89,10 +89,59 @@ def test_gradients_reach_all_weights_of_ours_and_none_of_the_llm(model, encoder)
     suffixes = [model.suffix(one.text, answer_ids=np.array([5, 6])) for one in INSTRUCTIONS[1:3]]
     output = model(UserBatch(HISTORY, soft), [suffixes] * len(HISTORY), similarity)
     weights = torch.randn(output.embeddings.shape, generator=torch.Generator().manual_seed(0))
-    (output.embeddings * weights).sum().backward()
+    answers = model.answer_embeddings([model.answer_ids(text) for text in ("yes", "not at all")])
+    ((output.embeddings * weights).sum() + answers[0, 0] - answers[1, 0]).backward()
     missing = [name for name, one in model.named_parameters() if not name.startswith("llm.") and one.grad is None]
     assert missing == []
     assert all(one.grad is None for one in model.llm.parameters())
+
+
+@torch.inference_mode()
+def test_an_answer_is_embedded_the_same_alone_and_among_longer_ones(model):
+    short, long = model.answer_ids("yes"), model.answer_ids("no, this user never does")
+    together = model.answer_embeddings([short, long])
+    torch.testing.assert_close(together[:1], model.answer_embeddings([short]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    assert short[-1] == model.tokenizer.eos_token_id
+
+
+@torch.inference_mode()
+def test_a_cut_llm_computes_what_its_first_layers_compute(tiny):
+    llm, encoder = tiny
+    whole, cut = (untrained(encoders={"bill": encoder}, llm=llm, llm_layers=layers) for layers in (0, 1))
+    inputs = torch.randn(2, 5, whole.config.hidden_size)
+    expected = whole.backbone(inputs_embeds=inputs, output_hidden_states=True).hidden_states[1]
+    actual = cut.backbone(inputs_embeds=inputs).last_hidden_state
+    torch.testing.assert_close(actual, whole.backbone.norm(expected))
+    assert cut.config.identity() != whole.config.identity()
+    with pytest.raises(ConfigError, match="llm_layers is 99"):
+        untrained(encoders={"bill": encoder}, llm=llm, llm_layers=99)
+
+
+@torch.inference_mode()
+def test_texts_beyond_prompt_texts_leave_the_prompt_but_not_the_focus(tiny, model, encoder):
+    llm, _ = tiny
+    short = make_model(llm, encoder, prompt_texts=3)
+    lengths = short.prefix_lengths(HISTORY)
+    shown = np.minimum(short.prompt.texts_per_source(HISTORY), 3).sum(1)
+    full = model.prompt.texts_per_source(HISTORY).sum(1)
+    assert (model.prefix_lengths(HISTORY) - lengths).tolist() == (full - shown).tolist()
+    table = make_table(short, encoder)
+    before = UserEmbedder(short, table).focus_weights(HISTORY, INSTRUCTIONS[1:2])
+    assert (before > 0).all()  # the oldest texts too
+    assert before.shape == (len(HISTORY.text_id), 1)
+
+
+@pytest.mark.parametrize("switch", ["focus_token", "summary_tokens"])
+@torch.inference_mode()
+def test_switched_off_tokens_keep_their_place(switch, tiny, model, encoder):
+    llm, _ = tiny
+    other = make_model(llm, encoder, **{switch: False})
+    one = UserEmbedder(model, make_table(model, encoder)).encode(HISTORY, INSTRUCTIONS[1:3])
+    two = UserEmbedder(other, make_table(other, encoder)).encode(HISTORY, INSTRUCTIONS[1:3])
+    assert model.prefix_lengths(HISTORY).tolist() == other.prefix_lengths(HISTORY).tolist()
+    assert np.abs(one - two).max() > 1e-4
 
 
 def test_an_answer_behind_the_user_token_cannot_leak_into_the_embedding(model, encoder):
