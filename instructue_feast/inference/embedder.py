@@ -14,6 +14,7 @@ from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingErro
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
+from instructue_feast.model.instruction_states import InstructionStates
 from instructue_feast.model.layout import token_budget_batches
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.model.prompt import Suffix, UserBatch
@@ -39,6 +40,7 @@ _KEPT = 8
 class _Prepared:
     suffixes: tuple[Suffix, ...]
     similarity_NK: torch.Tensor
+    states: InstructionStates
 
 
 class UserEmbedder:
@@ -90,7 +92,7 @@ class UserEmbedder:
     def encode(
         self, history: PackedHistory, instructions: Sequence[Instruction], on_batch: OnBatch | None = None
     ) -> npt.NDArray[np.float32]:
-        """Embeds users, all instructions of a user in one forward pass.
+        """Embeds users, all instructions of a user in one forward pass; instructions are read once for all users.
 
         Users are batched by length, ties by user id, so a batch wastes little on padding and the result is the same
         however the users are ordered.
@@ -119,7 +121,7 @@ class UserEmbedder:
         for users in token_budget_batches(totals, history.user_ids, self.max_batch_tokens):
             part = history.take(users)
             batch, similarity_TK = self._gather(part, prepared)
-            output = self.model(batch, [prepared.suffixes] * len(part), similarity_TK)
+            output = self.model(batch, [prepared.suffixes] * len(part), similarity_TK, prepared.states)
             out[users] = output.embeddings.cpu().numpy()
             if not np.isfinite(out[users]).all():
                 raise InvalidEmbeddingError(
@@ -153,7 +155,7 @@ class UserEmbedder:
         return UserBatch(history, soft_TH), prepared.similarity_NK[rows].to(device)
 
     def _prepare(self, instructions: Sequence[Instruction]) -> _Prepared:
-        """Suffixes, and the similarity of every text and instruction: once per set of instructions."""
+        """What all users share of a set of instructions: suffixes, similarity of every text, states in the LLM."""
         if not instructions:
             raise ConfigError("no instructions to encode", "pass at least one")
         key = tuple(one.content_hash for one in instructions)
@@ -161,7 +163,8 @@ class UserEmbedder:
             if len(self._prepared) == _KEPT:
                 self._prepared.pop(next(iter(self._prepared)))
             suffixes = tuple(self.model.suffix(one.text, soft_prompt=self._soft_prompt(one)) for one in instructions)
-            self._prepared[key] = _Prepared(suffixes, self._similarity([one.text for one in instructions]))
+            similarity_NK = self._similarity([one.text for one in instructions])
+            self._prepared[key] = _Prepared(suffixes, similarity_NK, self.model.instruction_states(suffixes))
         return self._prepared[key]
 
     def _similarity(self, texts: list[str]) -> torch.Tensor:
@@ -200,7 +203,7 @@ class UserEmbedder:
             )
 
     def _check_length(self, history: PackedHistory, lengths: npt.NDArray[np.int64], prepared: _Prepared) -> None:
-        limit = self.model.max_prompt_tokens
+        limit = self.model.max_prompt_tokens - self.model.config.instruction_tokens
         longest = int(lengths.max(initial=0)) + max(len(one) for one in prepared.suffixes)
         if longest > limit:
             raise ConfigError(

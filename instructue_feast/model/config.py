@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig
 
 from instructue_feast.errors import ConfigError, VersionMismatchError, listed
 
-FORMAT = 1
+FORMAT = 2
 """Layout of `config.json` and of the weights' names. Raise it when older folders could not be read."""
 
 PREAMBLE = "The behaviour of one user, source by source, the oldest first."
+
+INSTRUCTION_TOKENS = 128
 
 
 class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -33,6 +35,7 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
         adapter_dim: Middle size of the adapters; 0 for the size of the encoder.
         focus_dim: Size of the focus keys; 0 for the largest encoder.
         projection_dim: Middle size of the projection.
+        instruction_tokens: Room for an instruction and its soft prompt; the prefix begins at this position.
         prompt_texts: Newest texts of each source that stand in the prompt; 0 for all. Summaries and focus see all.
         focus_token: Whether each instruction gets its focus token.
         summary_tokens: Whether sources and user get summary tokens.
@@ -59,6 +62,7 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
     adapter_dim: int = 0
     focus_dim: int = 0
     projection_dim: int = 512
+    instruction_tokens: int = INSTRUCTION_TOKENS
     prompt_texts: int = 0
     focus_token: bool = True
     summary_tokens: bool = True
@@ -113,7 +117,14 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
             "numeric_columns": self.numeric_columns,
             "llm": self.llm_digest,
             "dims": [self.hidden_size, self.embedding_dim, self.adapter_dim, self.focus_dim, self.projection_dim],
-            "prompt": [self.llm_layers, self.prompt_texts, self.focus_token, self.summary_tokens, self.preamble],
+            "prompt": [
+                self.instruction_tokens,
+                self.prompt_texts,
+                self.focus_token,
+                self.summary_tokens,
+                self.preamble,
+            ],
+            "llm_layers": self.llm_layers,
             "format": self.format,
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,13 @@
 """The prompt's layout: a shared prefix, one suffix per instruction, and who may look at whom.
 
-    segment   0 0 0 0 0 | 1 1 1 | 2 2 2 2 | -1 -1
-    position  0 1 2 3 4 | 5 6 7 | 5 6 7 8 |  0  0
-              prefix      suffix  suffix    padding
+    segment            0 0 0 0 0 | 1 1 | 2 2 2 2 | -1 -1
+    position (+ start) 0 1 2 3 4 | 5 6 | 5 6 7 8 |  0  0
+                       prefix      suffix suffix   padding
 
-A query sees the prefix up to itself and its own suffix up to itself. Positions restart after the user's own prefix, so
-a suffix computes exactly what it would compute alone. Suffixes are laid end to end: none is padded to the longest.
-Training uses the same layout, with answer tokens behind `<USER>`.
+A query sees the prefix up to itself, its own suffix up to itself, and, in a suffix, its instruction, which stands before
+all of this (see `instruction_states`). Positions restart after the user's own prefix, so a suffix computes exactly what
+it would compute alone. Suffixes are laid end to end: none is padded to the longest. Training uses the same layout, with
+answer tokens behind `<USER>`.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def block_mask(segment_BS: torch.Tensor) -> torch.Tensor:
     return visible | itself
 
 
-def additive_mask(segment_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`block_mask` as `[B, 1, S, S]` of 0 and the lowest value, which every attention of Transformers takes."""
-    visible = block_mask(segment_BS)[:, None]
+def additive(visible_BSK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask `[B, S, keys]` as `[B, 1, S, keys]` of 0 and the lowest value: every attention of Transformers takes it."""
+    visible = visible_BSK[:, None]
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from instructue_feast.errors import ConfigError
 from instructue_feast.model import saving
@@ -19,7 +20,14 @@ from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, Sourc
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.focus import Focus, FocusResult
-from instructue_feast.model.layout import Ints, PackedPrompts, additive_mask
+from instructue_feast.model.instruction_states import (
+    InstructionStates,
+    asked_mask,
+    numbers_of,
+    own_mask,
+    read_instructions,
+)
+from instructue_feast.model.layout import Ints, PackedPrompts, additive, block_mask
 from instructue_feast.model.prompt import PaddedUsers, PromptTokens, Suffix, UserBatch
 
 # B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
@@ -258,8 +266,28 @@ class InstructUEModel(nn.Module):
 
     # -- the pass ------------------------------------------------------------------------------------------------
 
+    def instruction_states(self, suffixes: Iterable[Suffix]) -> InstructionStates:
+        """Reads instructions once, to be shared by any number of forward passes.
+
+        Raises:
+            ConfigError: An instruction is longer than `config.instruction_tokens`.
+        """
+        return read_instructions(
+            self.backbone,
+            self.llm.get_input_embeddings(),  # type: ignore[operator]
+            suffixes,
+            prefix_start=self.config.instruction_tokens,
+            dtype=self.llm_dtype,
+            device=self.device,
+            in_line=self._checkpoints,
+        )
+
     def forward(
-        self, batch: UserBatch, suffixes: Sequence[Sequence[Suffix]], similarity_TK: torch.Tensor
+        self,
+        batch: UserBatch,
+        suffixes: Sequence[Sequence[Suffix]],
+        similarity_TK: torch.Tensor,
+        states: InstructionStates | None = None,
     ) -> ModelOutput:
         """One pass of the LLM over B users and all their suffixes.
 
@@ -267,7 +295,9 @@ class InstructUEModel(nn.Module):
             batch: B users.
             suffixes: K suffixes of each user.
             similarity_TK: Similarity of each text and its user's k-th instruction.
+            states: `instruction_states` of all suffixes, if they are at hand.
         """
+        states = states or self.instruction_states(one for own in suffixes for one in own)
         history = batch.history
         padded = self.prompt.pad(batch)
         focus = self._focus(padded, similarity_TK)
@@ -284,7 +314,7 @@ class InstructUEModel(nn.Module):
             self._preamble,
             self.llm.get_input_embeddings(),  # type: ignore[operator]
         )
-        hidden_BSH = self._run_llm(table_VH, prompts)
+        hidden_BSH = self._run_llm(table_VH, prompts, states, numbers_of(states, suffixes))
         users = torch.arange(len(history), device=self.device)[:, None]
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
         return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
@@ -304,16 +334,43 @@ class InstructUEModel(nn.Module):
         )
         return result
 
-    def _run_llm(self, table_VH: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
+    @property
+    def _checkpoints(self) -> bool:
+        """Whether layers are recomputed in the backward pass, which Transformers does not do with cached keys."""
+        return self.training and bool(getattr(self.backbone, "is_gradient_checkpointing", False))
+
+    def _run_llm(
+        self, table_VH: torch.Tensor, prompts: PackedPrompts, states: InstructionStates, numbers: list[Ints]
+    ) -> torch.Tensor:
+        """Last hidden states `[B, S, H]`; instructions come from their states, or in line when there are none."""
         segment_BS = torch.from_numpy(prompts.segment_BS).to(self.device)
         inputs_BSH = table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)]
+        position_BS = torch.from_numpy(prompts.position_BS).to(self.device) + self.config.instruction_tokens
+        visible_BST = block_mask(segment_BS)
+        past: DynamicCache | None = None
+        in_line = 0
+        if len(states.owner_I):
+            asks = np.stack([np.append(own, -1) for own in numbers])  # the last for prefix and padding
+            asks_BS = np.take_along_axis(asks, np.maximum(prompts.segment_BS, 0) - 1, axis=1)
+            asked_BSI = asked_mask(states, torch.from_numpy(asks_BS).to(self.device))
+            visible_BST = torch.cat([asked_BSI, visible_BST], dim=-1)
+            users = len(segment_BS)
+            if states.layers:
+                past = DynamicCache([tuple(one.expand(users, -1, -1, -1) for one in pair) for pair in states.layers])
+            else:
+                in_line = len(states.owner_I)
+                own_III = nn.functional.pad(own_mask(states), (0, segment_BS.shape[1])).expand(users, -1, -1)
+                visible_BST = torch.cat([own_III, visible_BST], dim=1)
+                inputs_BSH = torch.cat([states.inputs_IH.expand(users, -1, -1), inputs_BSH], dim=1)
+                position_BS = torch.cat([states.position_I.expand(users, -1), position_BS], dim=1)
         hidden: torch.Tensor = self.backbone(
             inputs_embeds=inputs_BSH,
-            attention_mask=additive_mask(segment_BS, self.llm_dtype),
-            position_ids=torch.from_numpy(prompts.position_BS).to(self.device),
+            attention_mask=additive(visible_BST, self.llm_dtype),
+            position_ids=position_BS,
+            past_key_values=past,
             use_cache=False,
         ).last_hidden_state
-        return hidden
+        return hidden[:, in_line:]
 
     def focus_weights(self, batch: UserBatch, similarity_TK: torch.Tensor) -> npt.NDArray[np.float32]:
         """`[T, K]` what each instruction looks at, over each user's texts a distribution; needs no LLM."""

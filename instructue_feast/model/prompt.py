@@ -49,11 +49,11 @@ class UserBatch:
 
 @dataclass(frozen=True, slots=True)
 class Suffix:
-    """What follows the prefix for one instruction.
+    """One instruction, and what follows the prefix for it: focus, `<USER>`, answer.
 
     Attributes:
-        token_ids: LLM tokens of `Instruction: <text>`; none for the general-purpose embedding.
-        soft_prompt: Optional `[P, H]` tuned vectors before `<USER>`.
+        token_ids: LLM tokens of `Instruction: <text>`, before the prefix; none for the general-purpose embedding.
+        soft_prompt: Optional `[P, H]` tuned vectors behind the instruction's words.
         answer_ids: Optional LLM tokens behind `<USER>`; training only.
     """
 
@@ -62,9 +62,13 @@ class Suffix:
     answer_ids: Ints = field(default_factory=lambda: _NO_TOKENS)
 
     def __len__(self) -> int:
-        return (
-            len(self.token_ids) + 2 + (0 if self.soft_prompt is None else len(self.soft_prompt)) + len(self.answer_ids)
-        )
+        """Tokens each user pays."""
+        return 2 + len(self.answer_ids)
+
+    @property
+    def num_instruction_tokens(self) -> int:
+        """Tokens all users share."""
+        return len(self.token_ids) + (0 if self.soft_prompt is None else len(self.soft_prompt))
 
 
 class SummaryToken(nn.Module):
@@ -238,9 +242,7 @@ class PromptTokens(nn.Module):
         """
         table = _Table(self.user.shape[1], batch.soft_TH.device)
         distinct = list({id(one): one for own in suffixes for one in own}.values())
-        words = np.unique(
-            np.concatenate([preamble, *(ids for one in distinct for ids in (one.token_ids, one.answer_ids))])
-        )
+        words = np.unique(np.concatenate([preamble, *(one.answer_ids for one in distinct)]))
         first_word = table.add(embed(torch.from_numpy(words).to(batch.soft_TH.device)))
 
         def word_rows(ids: Ints) -> Ints:
@@ -248,7 +250,6 @@ class PromptTokens(nn.Module):
 
         opening, closing, missing = table.add(self.opening), table.add(self.closing), table.add(self.missing)
         user_token = table.add(self.user)
-        soft_prompts = {id(one): table.add(one.soft_prompt) for one in distinct if one.soft_prompt is not None}
         events_BLH = (padded.soft_BLH + self.count(padded.count_BL) + self.age(padded.age_BL)) * padded.valid_BL[
             :, :, None
         ]
@@ -262,8 +263,7 @@ class PromptTokens(nn.Module):
         shown_BR = self._in_prompt(texts_BR)
         groups = [[g for g, owner in enumerate(self.group_sources) if owner == r] for r in range(self.num_sources)]
         num_events, num_groups, num_suffixes = events_BLH.shape[1], numeric_BGH.shape[1], focus_BKH.shape[1]
-        heads = {id(one): word_rows(one.token_ids) for one in distinct}
-        tails = {id(one): _tail(one, soft_prompts, user_token, word_rows) for one in distinct}
+        tails = {id(one): np.append(user_token, word_rows(one.answer_ids)) for one in distinct}
         prefixes, rows_of_suffixes, readouts = [], [], []
         for user, own in enumerate(suffixes):
             parts: list[Any] = [head]
@@ -280,10 +280,8 @@ class PromptTokens(nn.Module):
             parts.append([first_user + user])
             prefixes.append(np.concatenate(parts).astype(np.int64))
             focus = first_focus + user * num_suffixes
-            rows_of_suffixes.append(
-                [np.concatenate([heads[id(one)], [focus + k], tails[id(one)]]) for k, one in enumerate(own)]
-            )
-            readouts.append([len(one) - len(one.answer_ids) - 1 for one in own])
+            rows_of_suffixes.append([np.append(focus + k, tails[id(one)]) for k, one in enumerate(own)])
+            readouts.append([1] * len(own))
         return table.rows(), pack(prefixes, rows_of_suffixes, readouts)
 
     def _summaries(
@@ -355,11 +353,3 @@ class _Table:
 
     def rows(self) -> torch.Tensor:
         return torch.cat(self._blocks)
-
-
-def _tail(suffix: Suffix, soft_prompts: dict[int, int], user_token: int, word_rows: Any) -> Ints:
-    """Rows behind the focus token: soft prompt, `<USER>`, answer."""
-    size = 0 if suffix.soft_prompt is None else len(suffix.soft_prompt)
-    start = soft_prompts.get(id(suffix), 0)
-    rows: Ints = np.concatenate([np.arange(start, start + size), [user_token], word_rows(suffix.answer_ids)])
-    return rows.astype(np.int64)

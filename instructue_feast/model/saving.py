@@ -87,7 +87,8 @@ def _cut(llm: nn.Module, layers: int) -> None:
     if layers > len(stack):
         raise ConfigError(f"llm_layers is {layers}, the LLM has {len(stack)}", "lower it, or set it to 0 for all")
     base.layers = stack[:layers]
-    for config in {id(one): one for one in (llm.config, base.config)}.values():
+    whole: Any = llm
+    for config in {id(one): one for one in (whole.config, base.config)}.values():
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]

@@ -150,12 +150,16 @@ def test_no_instructions_are_refused(embedder):
 
 
 def test_a_prompt_longer_than_the_llms_positions_is_refused(embedder):
-    long = Instruction("long", "x" * 1990)
     with (
-        patch.object(type(embedder.model), "max_prompt_tokens", 2048),
-        pytest.raises(ConfigError, match=r"LLM takes 2048"),
+        patch.object(type(embedder.model), "max_prompt_tokens", 140),
+        pytest.raises(ConfigError, match=r"LLM takes 12"),
     ):
-        embedder.encode(HISTORY, [long])
+        embedder.encode(HISTORY, INSTRUCTIONS[:1])
+
+
+def test_an_instruction_too_long_for_its_room_is_refused(embedder):
+    with pytest.raises(ConfigError, match=r"the model takes 128"):
+        embedder.encode(HISTORY, [Instruction("long", "x" * 200)])
 
 
 def test_a_table_of_another_model_is_refused(embedder, tiny):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructue_feast.model.layout import additive_mask, block_mask, pack, token_budget_batches
+from instructue_feast.model.layout import additive, block_mask, pack, token_budget_batches
 
 sizes = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=2, max_size=2)), min_size=1, max_size=4
@@ -61,7 +61,7 @@ def test_no_suffix_is_padded_to_the_longest():
 
 def test_the_additive_mask_leaves_no_row_without_a_key():
     _, _, prompts = packed([(1, [1, 1]), (6, [5, 5])])
-    mask = additive_mask(torch.from_numpy(prompts.segment_BS), torch.float32)
+    mask = additive(block_mask(torch.from_numpy(prompts.segment_BS)), torch.float32)
     assert mask.shape == (2, 1, 16, 16)
     assert ((mask == 0).sum(-1) >= 1).all()
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}

@@ -106,6 +106,30 @@ def test_an_answer_is_embedded_the_same_alone_and_among_longer_ones(model):
     assert short[-1] == model.tokenizer.eos_token_id
 
 
+def test_instructions_read_once_equal_instructions_in_every_users_row(tiny, encoder):
+    """Gradient checkpointing cannot use cached keys, so it puts instructions in line: same values, same gradients."""
+    results = []
+    for checkpointing in (False, True):
+        model = make_model(*tiny).train()
+        if checkpointing:
+            model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        table = make_table(model, encoder)
+        rows = torch.from_numpy(table.rows(HISTORY.text_id))
+        soft = table.soft_tokens[rows].clone().requires_grad_()
+        tuned = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        suffixes = [model.suffix("who drinks tea", soft_prompt=tuned), model.suffix(""), model.suffix("who")]
+        similarity = table.focus_keys[rows] @ model.focus_queries(["who drinks tea", "", "who"])[0].T
+        states = model.instruction_states(suffixes)
+        assert bool(states.layers) is not checkpointing
+        output = model(UserBatch(HISTORY, soft), [suffixes] * len(HISTORY), similarity.detach(), states)
+        weights = torch.randn(output.embeddings.shape, generator=torch.Generator().manual_seed(0))
+        (output.embeddings * weights).sum().backward()
+        results.append((output.embeddings.detach(), soft.grad, tuned.grad))
+    for shared, in_line in zip(*results, strict=True):
+        torch.testing.assert_close(shared, in_line, atol=1e-5, rtol=1e-4)
+    assert results[0][2].abs().max() > 0
+
+
 @torch.inference_mode()
 def test_a_cut_llm_computes_what_its_first_layers_compute(tiny):
     llm, encoder = tiny
