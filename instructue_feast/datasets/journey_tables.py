@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from instructue_feast.datasets.rfm import Ledger
+from instructue_feast.datasets.journey_snapshots import CampaignFacts, LineFacts, snapshot_numbers
 from instructue_feast.errors import DataError
 from instructue_feast.schema import TIMESTAMP
 
@@ -83,11 +83,12 @@ class Journey:
         yield "users", pa.table({"household_id": self.households})
         yield "bill", self.lines
         yield "mini_program", self.mini_program()
-        yield "spm", self.spm()
+        spm = self.spm()
+        yield "spm", spm
         app, search = self.app(), self.search()
         yield "app", app
         yield "search", search
-        yield "tabular", self.tabular(app, search)
+        yield "tabular", self.tabular(spm, app, search)
 
     def mini_program(self) -> pa.Table:
         """Store visits: one row per basket and department, with the number of different products bought there.
@@ -203,8 +204,8 @@ class Journey:
                 names.append(category)
         return {group: ", ".join(names) for group, names in found.items()}
 
-    def tabular(self, app: pa.Table, search: pa.Table) -> pa.Table:
-        """Snapshots: demographics, and what purchases, campaigns and redemptions before `snapshot_time` add up to.
+    def tabular(self, spm: pa.Table, app: pa.Table, search: pa.Table) -> pa.Table:
+        """Snapshots: demographics, and what the past before `snapshot_time` adds up to (`snapshot_numbers`).
 
         Each household has a row for the last second of every Saturday and of every month of 2017, whether or not it
         bought anything by then: counts are 0 and ratios null.
@@ -212,39 +213,40 @@ class Journey:
         stamps = snapshot_times()
         user = np.repeat(np.arange(len(self.households)), len(stamps))
         now = np.tile(stamps, len(self.households))
-        number, time = self._user(self.lines), _seconds(self.lines["purchased_at"])
-        paid = self.lines["sales_value"].to_numpy()
-        saved = sum(self.lines[name].to_numpy() for name in ("retail_disc", "coupon_disc", "coupon_match_disc"))
-        _, first_line = np.unique(self.lines["basket_id"].to_numpy(), return_index=True)
-        spend, savings = Ledger.of(number, time, paid), Ledger.of(number, time, saved)
-        visits = Ledger.of(number[first_line], time[first_line])
-        campaigns = Ledger.of(self._user(app), _seconds(app["received_at"]))
-        redeemed = Ledger.of(self._user(search), _seconds(search["redeemed_at"]))
-        total, baskets, discounts = spend.before(user, now), visits.before(user, now), savings.before(user, now)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios = {"avg_basket": total / baskets, "discount_share": discounts / (total + discounts)}
-        columns = {
-            "recency_days": (now - visits.last(user, now)) / _DAY,
-            "tenure_days": (now - visits.first(user, now)) / _DAY,
-            "visits_30d": visits.before(user, now, 30),
-            "visits_90d": visits.before(user, now, 90),
-            "baskets_total": baskets,
-            "spend_30d": spend.before(user, now, 30),
-            "spend_90d": spend.before(user, now, 90),
-            "spend_total": total,
-            **ratios,
-            "redemptions_90d": redeemed.before(user, now, 90),
-            "redemptions_total": redeemed.before(user, now),
-            "campaigns_total": campaigns.before(user, now),
-        }
-        numeric = {name: pa.array(np.round(values, 4), from_pandas=True) for name, values in columns.items()}
+        numeric = snapshot_numbers(
+            user,
+            now,
+            self._line_facts(),
+            (self._user(spm), _seconds(spm["seen_at"])),
+            self._campaign_facts(app, "received_at", ends="ends_at"),
+            self._campaign_facts(search, "redeemed_at", ends="redeemed_at"),
+        )
         return pa.table(
             {
                 "household_id": self.households[user],
                 "snapshot_time": _timestamps(now),
                 **self._demographics(user),
-                **numeric,
+                **{name: pa.array(np.round(values, 4), from_pandas=True) for name, values in numeric.items()},
             }
+        )
+
+    def _line_facts(self) -> LineFacts:
+        _, first_line = np.unique(self.lines["basket_id"].to_numpy(), return_index=True)
+        return LineFacts(
+            user=self._user(self.lines),
+            time=_seconds(self.lines["purchased_at"]),
+            paid=self.lines["sales_value"].to_numpy(),
+            saved=sum(self.lines[name].to_numpy() for name in ("retail_disc", "coupon_disc", "coupon_match_disc")),
+            private=pc.fill_null(pc.equal(self.lines["brand"].cast(pa.string()), "Private"), False).to_numpy(),
+            first_of_basket=np.isin(np.arange(self.lines.num_rows), first_line),
+        )
+
+    def _campaign_facts(self, table: pa.Table, time: str, *, ends: str) -> CampaignFacts:
+        return CampaignFacts(
+            user=self._user(table),
+            time=_seconds(table[time]),
+            kind=table["campaign_type"].cast(pa.string()).to_numpy(),
+            ends=_seconds(table[ends]),
         )
 
     def _demographics(self, user: Int) -> dict[str, pa.Array]:

@@ -83,6 +83,7 @@ class Focus(nn.Module):
         age_BLH: torch.Tensor,
         count_bucket_BL: torch.Tensor,
         age_bucket_BL: torch.Tensor,
+        log_gate_BL: torch.Tensor | None = None,
     ) -> FocusResult:
         """Pools each user's texts for each instruction.
 
@@ -94,13 +95,17 @@ class Focus(nn.Module):
             age_BLH: Age embeddings.
             count_bucket_BL: Count buckets.
             age_bucket_BL: Age buckets.
+            log_gate_BL: Logarithm of how much of each text is there; None for all.
         """
         valid_BL1 = valid_BL[:, :, None]
         if similarity_BLK.shape[1] == 0:
             tokens = self.nothing.expand(*similarity_BLK.shape[::2], -1)
             return FocusResult(tokens=tokens, weights=similarity_BLK)
         lowest = torch.finfo(similarity_BLK.dtype).min
-        logits_BLK = (similarity_BLK / self.log_temperature.exp()).masked_fill(~valid_BL1, lowest)
+        logits_BLK = similarity_BLK / self.log_temperature.exp()
+        if log_gate_BL is not None:
+            logits_BLK = logits_BLK + log_gate_BL[:, :, None]
+        logits_BLK = logits_BLK.masked_fill(~valid_BL1, lowest)
         weights_BLK = torch.softmax(logits_BLK, dim=1) * valid_BL1
         weights_BKL = weights_BLK.transpose(1, 2)
         similarity_BLK = similarity_BLK.masked_fill(~valid_BL1, 0.0)

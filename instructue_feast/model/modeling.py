@@ -305,7 +305,7 @@ class InstructUEModel(nn.Module):
         if not self.config.focus_token:  # says nothing, but keeps its place
             tokens_BKH = self.focus.nothing.expand_as(tokens_BKH)
         numeric_BGH = self.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device))
-        table_VH, prompts = self.prompt.assemble(
+        table_VH, prompts, first_text = self.prompt.assemble(
             batch,
             padded,
             numeric_BGH,
@@ -314,7 +314,12 @@ class InstructUEModel(nn.Module):
             self._preamble,
             self.llm.get_input_embeddings(),  # type: ignore[operator]
         )
-        hidden_BSH = self._run_llm(table_VH, prompts, states, numbers_of(states, suffixes))
+        log_gate_BL, log_gate_BS = padded.log_gate(), None
+        if log_gate_BL is not None:
+            place_BS = torch.from_numpy(prompts.row_BS).to(self.device) - first_text
+            is_text_BS = (place_BS >= 0) & (place_BS < log_gate_BL.numel())
+            log_gate_BS = torch.where(is_text_BS, log_gate_BL.flatten()[place_BS.where(is_text_BS, 0)], 0.0)
+        hidden_BSH = self._run_llm(table_VH, prompts, states, numbers_of(states, suffixes), log_gate_BS)
         users = torch.arange(len(history), device=self.device)[:, None]
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
         return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
@@ -331,6 +336,7 @@ class InstructUEModel(nn.Module):
             self.prompt.age(padded.age_BL),
             padded.count_BL,
             padded.age_BL,
+            padded.log_gate(),
         )
         return result
 
@@ -340,7 +346,12 @@ class InstructUEModel(nn.Module):
         return self.training and bool(getattr(self.backbone, "is_gradient_checkpointing", False))
 
     def _run_llm(
-        self, table_VH: torch.Tensor, prompts: PackedPrompts, states: InstructionStates, numbers: list[Ints]
+        self,
+        table_VH: torch.Tensor,
+        prompts: PackedPrompts,
+        states: InstructionStates,
+        numbers: list[Ints],
+        log_gate_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Last hidden states `[B, S, H]`; instructions come from their states, or in line when there are none."""
         segment_BS = torch.from_numpy(prompts.segment_BS).to(self.device)
@@ -363,9 +374,14 @@ class InstructUEModel(nn.Module):
                 visible_BST = torch.cat([own_III, visible_BST], dim=1)
                 inputs_BSH = torch.cat([states.inputs_IH.expand(users, -1, -1), inputs_BSH], dim=1)
                 position_BS = torch.cat([states.position_I.expand(users, -1), position_BS], dim=1)
+        mask_B1ST = additive(visible_BST, self.llm_dtype)
+        if log_gate_BS is not None:  # texts are keys in the last S columns, behind the instructions
+            before = mask_B1ST.shape[-1] - log_gate_BS.shape[1]
+            bias_BT = nn.functional.pad(log_gate_BS, (before, 0)).to(self.llm_dtype)
+            mask_B1ST = mask_B1ST + bias_BT[:, None, None]
         hidden: torch.Tensor = self.backbone(
             inputs_embeds=inputs_BSH,
-            attention_mask=additive(visible_BST, self.llm_dtype),
+            attention_mask=mask_B1ST,
             position_ids=position_BS,
             past_key_values=past,
             use_cache=False,

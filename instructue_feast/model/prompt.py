@@ -31,6 +31,9 @@ from instructue_feast.model.seeding import fill_normal
 _BUCKET_SCALE = 0.3
 """Initial size of count and age embeddings, in units of a soft token: visible, but not louder than the text."""
 
+_FADED = 1e-6
+"""A gate below counts as this, so that no logarithm or quotient is infinite."""
+
 _NO_TOKENS = np.zeros(0, np.int64)
 
 
@@ -41,10 +44,13 @@ class UserBatch:
     Attributes:
         history: Their packed histories.
         soft_TH: Soft token of each text, without count and age.
+        gate_T: How much of each text is there, above 0 up to 1; None for all of all. Toward 0 a text fades from focus,
+            summaries and attention; differentiable, for explanations.
     """
 
     history: PackedHistory
     soft_TH: torch.Tensor
+    gate_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +220,7 @@ class PromptTokens(nn.Module):
             source_BL=padded(history.source_index),
             count_BL=padded(history.count_bucket),
             age_BL=padded(history.age_bucket),
+            gate_BL=None if batch.gate_T is None or not longest else batch.gate_T[torch.from_numpy(text_BL).to(device)],
         )
 
     def assemble(
@@ -225,7 +232,7 @@ class PromptTokens(nn.Module):
         suffixes: Sequence[Sequence[Suffix]],
         preamble: Ints,
         embed: Any,
-    ) -> tuple[torch.Tensor, PackedPrompts]:
+    ) -> tuple[torch.Tensor, PackedPrompts, int]:
         """Builds the table of token embeddings and the rows of every prompt.
 
         Args:
@@ -238,7 +245,8 @@ class PromptTokens(nn.Module):
             embed: The LLM's input embedding, `[n]` token ids to `[n, H]`.
 
         Returns:
-            The table `[V, H]`, whose row 0 is zero, and the packed prompts that index it.
+            The table `[V, H]`, whose row 0 is zero, the packed prompts that index it, and the row of the first text of
+            the first user; `B * L` rows from there are `padded`'s texts.
         """
         table = _Table(self.user.shape[1], batch.soft_TH.device)
         distinct = list({id(one): one for own in suffixes for one in own}.values())
@@ -282,7 +290,7 @@ class PromptTokens(nn.Module):
             focus = first_focus + user * num_suffixes
             rows_of_suffixes.append([np.append(focus + k, tails[id(one)]) for k, one in enumerate(own)])
             readouts.append([1] * len(own))
-        return table.rows(), pack(prefixes, rows_of_suffixes, readouts)
+        return table.rows(), pack(prefixes, rows_of_suffixes, readouts), first_event
 
     def _summaries(
         self,
@@ -297,6 +305,8 @@ class PromptTokens(nn.Module):
         """
         kinds = torch.arange(self.num_sources, device=events_BLH.device)
         member_BLR = ((padded.source_BL[:, :, None] == kinds) & padded.valid_BL[:, :, None]).to(events_BLH.dtype)
+        if padded.gate_BL is not None:
+            member_BLR = member_BLR * padded.gate_BL[:, :, None]
         sum_BRH = member_BLR.transpose(1, 2) @ events_BLH
         size_BR = member_BLR.sum(1)
         if self.group_sources:
@@ -306,10 +316,10 @@ class PromptTokens(nn.Module):
             sum_BRH = sum_BRH + member_BGR.transpose(1, 2) @ numeric_BGH
             size_BR = size_BR + member_BGR.sum(1)
         empty_BR1 = (size_BR == 0)[:, :, None]
-        mean_BRH = torch.where(empty_BR1, self.missing, sum_BRH / size_BR.clamp(min=1)[:, :, None])
+        mean_BRH = torch.where(empty_BR1, self.missing, sum_BRH / size_BR.clamp(min=_FADED)[:, :, None])
         nothing_BH = self.missing.mean(0).expand(len(sum_BRH), -1)
         total_B1 = size_BR.sum(1, keepdim=True)
-        mean_BH = torch.where(total_B1 == 0, nothing_BH, sum_BRH.sum(1) / total_B1.clamp(min=1))
+        mean_BH = torch.where(total_B1 == 0, nothing_BH, sum_BRH.sum(1) / total_B1.clamp(min=_FADED))
         if not self.summaries:
             mean_BRH, mean_BH = torch.zeros_like(mean_BRH), torch.zeros_like(mean_BH)
         return self.source_summary(mean_BRH), self.user_summary(mean_BH)
@@ -326,6 +336,7 @@ class PaddedUsers:
         source_BL: Source index.
         count_BL: Count bucket.
         age_BL: Age bucket.
+        gate_BL: How much of each text is there, or None for all.
     """
 
     text_BL: torch.Tensor
@@ -334,6 +345,11 @@ class PaddedUsers:
     source_BL: torch.Tensor
     count_BL: torch.Tensor
     age_BL: torch.Tensor
+    gate_BL: torch.Tensor | None = None
+
+    def log_gate(self) -> torch.Tensor | None:
+        """`[B, L]` what a gate adds to the logit of each text in an attention."""
+        return None if self.gate_BL is None else self.gate_BL.clamp(min=_FADED).log()
 
 
 class _Table:

@@ -172,8 +172,15 @@ def naive_snapshot(tables: dict[str, list[dict[str, Any]]], household: int, now:
     def count(times: list[datetime], days: int = 10_000) -> int:
         return sum(now - timedelta(days=days) <= time < now for time in times)
 
-    redeemed = [row["redeemed_at"] for row in tables["search"] if row["household_id"] == household]
-    received = [row["received_at"] for row in tables["app"] if row["household_id"] == household]
+    def ratio(above: float, below: float) -> float | None:
+        return above / below if below else None
+
+    own = {name: [row for row in rows if row["household_id"] == household] for name, rows in tables.items()}
+    redeemed = [row["redeemed_at"] for row in own["search"]]
+    received = [row["received_at"] for row in own["app"]]
+    recent = [row for row in lines if row["purchased_at"] >= now - timedelta(days=90)]
+    promoted = count([row["seen_at"] for row in own["spm"]], 90)
+    mail_b = [row for row in own["app"] if row["campaign_type"] == "Type B" and row["received_at"] < now]
     saved = sum(row["retail_disc"] + row["coupon_disc"] + row["coupon_match_disc"] for row in lines)
     day = timedelta(days=1)
     return {
@@ -187,6 +194,15 @@ def naive_snapshot(tables: dict[str, list[dict[str, Any]]], household: int, now:
         "spend_total": spend(),
         "avg_basket": spend() / len(visits) if visits else None,
         "discount_share": saved / (spend() + saved) if lines else None,
+        "visits_trend_90d": ratio(
+            count(list(visits.values()), 90), count(list(visits.values()), 180) - count(list(visits.values()), 90)
+        ),
+        "spend_trend_30d": ratio(3 * spend(30), spend(90)),
+        "private_share_90d": ratio(sum(row["brand"] == "Private" for row in recent), len(recent)),
+        "promoted_share_90d": ratio(promoted, len(recent)),
+        "received_type_b": len(mail_b),
+        "running_type_b": sum(row["ends_at"] >= now for row in mail_b),
+        "redeemed_type_a": sum(row["campaign_type"] == "Type A" and row["redeemed_at"] < now for row in own["search"]),
         "redemptions_90d": count(redeemed, 90),
         "redemptions_total": count(redeemed),
         "campaigns_total": count(received),
@@ -194,7 +210,7 @@ def naive_snapshot(tables: dict[str, list[dict[str, Any]]], household: int, now:
 
 
 def test_a_snapshot_uses_nothing_at_or_after_its_time(journey: DatasetSummary) -> None:
-    tables = {name: raw(journey, name).to_pylist() for name in ("bill", "app", "search")}
+    tables = {name: raw(journey, name).to_pylist() for name in ("bill", "spm", "app", "search")}
     chosen = {row["household_id"] for row in tables["search"]}
     households = [*sorted(chosen)[:3], *raw(journey, "users")["household_id"].to_pylist()[:2]]
     checked = 0
