@@ -87,7 +87,7 @@ def read_instructions(
         )
     if longest == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return InstructionStates(dict.fromkeys(distinct, 0), nothing, nothing, torch.zeros(0, 0, device=device), ())
+        return InstructionStates(dict.fromkeys(distinct, 0), nothing, nothing, embed(nothing).to(dtype), ())
     inputs_MNH = torch.stack([_inputs(one, embed, longest, device) for one in distinct.values()]).to(dtype)
     length_M1 = torch.tensor(lengths, device=device)[:, None]
     places = torch.arange(longest, device=device)[None, :]

@@ -1,13 +1,14 @@
 """The prompt's layout: a shared prefix, one suffix per instruction, and who may look at whom.
 
-    segment            0 0 0 0 0 | 1 1 | 2 2 2 2 | -1 -1
-    position (+ start) 0 1 2 3 4 | 5 6 | 5 6 7 8 |  0  0
-                       prefix      suffix suffix   padding
+    segment            0 0 0 0 0 -1 | 1 1 | 2 2 2 2 | -1 -1
+    position (+ start) 0 1 2 3 4  0 | 5 6 | 5 6 7 8 |  0  0
+                       prefix         suffix suffix   padding
 
-A query sees the prefix up to itself, its own suffix up to itself, and, in a suffix, its instruction, which stands before
-all of this (see `instruction_states`). Positions restart after the user's own prefix, so a suffix computes exactly what
-it would compute alone. Suffixes are laid end to end: none is padded to the longest. Training uses the same layout, with
-answer tokens behind `<USER>`.
+A query sees the prefix up to itself, its own suffix up to itself, and, in a suffix, its instruction, which stands
+before all of this (see `instruction_states`). Positions restart after the user's own prefix, so a suffix computes
+exactly what it would compute alone. Suffixes are laid end to end: none is padded to the longest. Training uses the same
+layout, with answer tokens behind `<USER>`. Every prefix takes as many places as the longest, so that suffixes begin at
+one column.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class PackedPrompts:
         position_BS: `[B, S]` int64 position ids.
         readout_BK: `[B, K]` int64 place of each `<USER>` token in S.
         num_tokens: Tokens that are not padding.
+        prefix_places: Places of every prefix, padding included; suffixes begin there.
     """
 
     row_BS: Ints
@@ -44,12 +46,13 @@ class PackedPrompts:
     position_BS: Ints
     readout_BK: Ints
     num_tokens: int
+    prefix_places: int
 
 
 def pack(
     prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]]
 ) -> PackedPrompts:
-    """Packs prefixes and suffixes into rectangular arrays, padded on the right only.
+    """Packs prefixes and suffixes into rectangular arrays, each half padded on its right.
 
     Args:
         prefixes: Table rows of each user's prefix.
@@ -61,8 +64,9 @@ def pack(
         >>> packed.position_BS.tolist(), packed.readout_BK.tolist()
         ([[0, 1, 2, 2, 3]], [[2, 4]])
     """
-    lengths = [len(prefix) + sum(len(one) for one in own) for prefix, own in zip(prefixes, suffixes, strict=True)]
-    shape = (len(prefixes), max(lengths, default=0))
+    places = max((len(prefix) for prefix in prefixes), default=0)
+    lengths = [sum(len(one) for one in own) for own in suffixes]
+    shape = (len(prefixes), places + max(lengths, default=0))
     row_BS = np.zeros(shape, np.int64)
     segment_BS = np.full(shape, PADDING, np.int64)
     position_BS = np.zeros(shape, np.int64)
@@ -70,15 +74,18 @@ def pack(
     for user, prefix in enumerate(prefixes):
         own = suffixes[user]
         sizes = np.array([len(one) for one in own], np.int64)
-        starts = len(prefix) + np.cumsum(sizes) - sizes
-        end = lengths[user]
-        row_BS[user, :end] = np.concatenate([prefix, *own])
+        starts = np.cumsum(sizes) - sizes
+        suffix = slice(places, places + lengths[user])
+        row_BS[user, : len(prefix)] = prefix
+        row_BS[user, suffix] = np.concatenate([*own, np.zeros(0, np.int64)])
         segment_BS[user, : len(prefix)] = PREFIX
-        segment_BS[user, len(prefix) : end] = np.repeat(np.arange(1, len(own) + 1), sizes)
-        position_BS[user, :end] = np.arange(end)
-        position_BS[user, len(prefix) : end] -= np.repeat(starts - len(prefix), sizes)
-        readout_BK[user] = starts + np.asarray(readouts[user], np.int64)
-    return PackedPrompts(row_BS, segment_BS, position_BS, readout_BK, sum(lengths))
+        segment_BS[user, suffix] = np.repeat(np.arange(1, len(own) + 1), sizes)
+        position_BS[user, : len(prefix)] = np.arange(len(prefix))
+        position_BS[user, suffix] = len(prefix) + np.arange(lengths[user]) - np.repeat(starts, sizes)
+        readout_BK[user] = places + starts + np.asarray(readouts[user], np.int64)
+    return PackedPrompts(
+        row_BS, segment_BS, position_BS, readout_BK, sum(lengths) + sum(len(prefix) for prefix in prefixes), places
+    )
 
 
 def block_mask(segment_BS: torch.Tensor) -> torch.Tensor:
@@ -96,7 +103,7 @@ def block_mask(segment_BS: torch.Tensor) -> torch.Tensor:
 
 
 def additive(visible_BSK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask `[B, S, keys]` as `[B, 1, S, keys]` of 0 and the lowest value: every attention of Transformers takes it."""
+    """A mask `[B, S, keys]` as `[B, 1, S, keys]` of 0 and the lowest value, which Transformers takes."""
     visible = visible_BSK[:, None]
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from instructue_feast.errors import ConfigError
 from instructue_feast.model import saving
@@ -20,14 +19,9 @@ from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, Sourc
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.focus import Focus, FocusResult
-from instructue_feast.model.instruction_states import (
-    InstructionStates,
-    asked_mask,
-    numbers_of,
-    own_mask,
-    read_instructions,
-)
-from instructue_feast.model.layout import Ints, PackedPrompts, additive, block_mask
+from instructue_feast.model.instruction_states import InstructionStates, numbers_of, read_instructions
+from instructue_feast.model.layout import Ints, PackedPrompts
+from instructue_feast.model.passes import Prompts, run_in_line, run_in_two
 from instructue_feast.model.prompt import PaddedUsers, PromptTokens, Suffix, UserBatch
 
 # B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
@@ -353,40 +347,18 @@ class InstructUEModel(nn.Module):
         numbers: list[Ints],
         log_gate_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states `[B, S, H]`; instructions come from their states, or in line when there are none."""
-        segment_BS = torch.from_numpy(prompts.segment_BS).to(self.device)
-        inputs_BSH = table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)]
-        position_BS = torch.from_numpy(prompts.position_BS).to(self.device) + self.config.instruction_tokens
-        visible_BST = block_mask(segment_BS)
-        past: DynamicCache | None = None
-        in_line = 0
-        if len(states.owner_I):
-            asks = np.stack([np.append(own, -1) for own in numbers])  # the last for prefix and padding
-            asks_BS = np.take_along_axis(asks, np.maximum(prompts.segment_BS, 0) - 1, axis=1)
-            asked_BSI = asked_mask(states, torch.from_numpy(asks_BS).to(self.device))
-            visible_BST = torch.cat([asked_BSI, visible_BST], dim=-1)
-            users = len(segment_BS)
-            if states.layers:
-                past = DynamicCache([tuple(one.expand(users, -1, -1, -1) for one in pair) for pair in states.layers])
-            else:
-                in_line = len(states.owner_I)
-                own_III = nn.functional.pad(own_mask(states), (0, segment_BS.shape[1])).expand(users, -1, -1)
-                visible_BST = torch.cat([own_III, visible_BST], dim=1)
-                inputs_BSH = torch.cat([states.inputs_IH.expand(users, -1, -1), inputs_BSH], dim=1)
-                position_BS = torch.cat([states.position_I.expand(users, -1), position_BS], dim=1)
-        mask_B1ST = additive(visible_BST, self.llm_dtype)
-        if log_gate_BS is not None:  # texts are keys in the last S columns, behind the instructions
-            before = mask_B1ST.shape[-1] - log_gate_BS.shape[1]
-            bias_BT = nn.functional.pad(log_gate_BS, (before, 0)).to(self.llm_dtype)
-            mask_B1ST = mask_B1ST + bias_BT[:, None, None]
-        hidden: torch.Tensor = self.backbone(
-            inputs_embeds=inputs_BSH,
-            attention_mask=mask_B1ST,
-            position_ids=position_BS,
-            past_key_values=past,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden[:, in_line:]
+        """Last hidden states `[B, S, H]`."""
+        asks = np.stack([np.append(own, -1) for own in numbers])  # the last for prefix and padding
+        asks_BS = np.take_along_axis(asks, np.maximum(prompts.segment_BS, 0) - 1, axis=1)
+        laid = Prompts(
+            inputs_BSH=table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)],
+            segment_BS=torch.from_numpy(prompts.segment_BS).to(self.device),
+            position_BS=torch.from_numpy(prompts.position_BS).to(self.device) + self.config.instruction_tokens,
+            asks_BS=torch.from_numpy(asks_BS).to(self.device),
+            prefix_places=prompts.prefix_places,
+            bias_BS=log_gate_BS,
+        )
+        return (run_in_line if self._checkpoints else run_in_two)(self.backbone, laid, states)
 
     def focus_weights(self, batch: UserBatch, similarity_TK: torch.Tensor) -> npt.NDArray[np.float32]:
         """`[T, K]` what each instruction looks at, over each user's texts a distribution; needs no LLM."""

@@ -25,6 +25,7 @@ from instructue_feast.errors import (
     listed,
 )
 from instructue_feast.files import replacing
+from instructue_feast.model import attention
 from instructue_feast.model.artifacts import folder_digest, local_folder, quiet, require_safetensors
 from instructue_feast.model.bundled import resolve_folder
 from instructue_feast.model.config import InstructUEConfig
@@ -70,7 +71,7 @@ def load_llm(name: str, dtype: torch.dtype, layers: int = 0) -> tuple[nn.Module,
     folder = resolve_folder(name, kind="LLM")
     with quiet():
         llm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention.NAME
         )
     if layers:
         _cut(llm, layers)
