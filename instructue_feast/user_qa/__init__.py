@@ -1,1 +1,1 @@
-"""UserQA: what users did, as questions and answers. Pure Arrow and NumPy; the Spark job and the trainer both read it."""
+"""UserQA: what users did, as questions and answers. Pure Arrow and NumPy; Spark job and trainer both read it."""
