@@ -142,7 +142,7 @@ def plot_curves(history: list[dict[str, float]], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingDependencyError("curves need matplotlib", "pip install 'instructue-feast[demo]'") from None
+        raise MissingDependencyError("curves need matplotlib", "pip install 'instructue-feast[train]'") from None
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     panels = [
