@@ -54,6 +54,8 @@ class Sampler:
         data: The data set.
         rows: Rows that train; the others are held out.
         settings: Sizes, caps, and the seed.
+        lengths: `[U]` lengths by which users share passes; those of the histories for `None`. Ablations keep those of
+            the whole histories, so that their passes have the same users.
 
     Attributes:
         wordings: The empty text, then every wording of every question.
@@ -65,7 +67,8 @@ class Sampler:
         LeakageError: A question that is never to be trained on has pairs.
     """
 
-    def __init__(self, data: UserQA, rows: Ints, settings: TrainingSettings) -> None:
+    def __init__(self, data: UserQA, rows: Ints, settings: TrainingSettings, lengths: Ints | None = None) -> None:
+        self._lengths = data.history.num_tokens if lengths is None else lengths
         self._data, self._settings = data, settings
         owner_P = np.repeat(np.arange(len(data)), np.diff(data.offsets))
         trained_P = np.isin(owner_P, rows) & (data.weight_P > 0)
@@ -116,6 +119,7 @@ class Sampler:
         own = [pairs[self._usable_P[pairs]] for pairs in own]
         pool = self._pool(own, rng)
         shape = (len(row_B), settings.questions_per_user)
+        spoken = int(settings.autoregressive_pairs + rng.random())  # rounds up as often as the fraction says
         pair_BK = np.empty(shape, np.int64)
         weight_BK = np.zeros(shape, np.float32)
         spoken_BK = np.zeros(shape, bool)
@@ -124,7 +128,7 @@ class Sampler:
             chosen = rng.permutation(inside if len(inside) else pairs)[: shape[1]]
             pair_BK[user] = np.resize(chosen, shape[1])
             weight_BK[user, : len(chosen)] = data.weight_P[chosen]
-            spoken_BK[user, : len(chosen)] = _few(data.weight_P[chosen], settings.autoregressive_pairs, rng)
+            spoken_BK[user, : len(chosen)] = _few(data.weight_P[chosen], spoken, rng)
         question_BK = data.question_P[pair_BK]
         # One wording per question and pass: instructions are read once per pass, so each further one costs everybody.
         pick_Q = (rng.random(len(self._num_wordings_Q)) * self._num_wordings_Q).astype(np.int64)
@@ -153,7 +157,7 @@ class Sampler:
         shuffled = shuffled[np.argsort(as_of, kind="stable")]
         as_of = np.sort(as_of)
         pool = (np.arange(len(shuffled)) - np.searchsorted(as_of, as_of)) // (size * _LENGTH_POOL)
-        shuffled = shuffled[np.lexsort((self._data.history.num_tokens[shuffled], pool, as_of))]
+        shuffled = shuffled[np.lexsort((self._lengths[shuffled], pool, as_of))]
         return shuffled, rng.permutation(self._batches_per_epoch) * size
 
     def _pool(self, own: list[Ints], rng: np.random.Generator) -> npt.NDArray[np.bool_]:

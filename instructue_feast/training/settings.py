@@ -55,7 +55,8 @@ class TrainingSettings:
         false_negative_mask: Whether answers of the same text never stand against each other.
         false_negative_margin: Drop negatives whose cosine is higher than the positive's by this much. Only with
             `negatives: batch`: the other answer to the same question is never a false negative.
-        autoregressive_pairs: Pairs of each user that get the next-token loss; each costs its answer's tokens.
+        autoregressive_pairs: Pairs of each user that get the next-token loss; each costs its answer's tokens. Below 1,
+            that share of the passes has one pair per user and the others none.
         family_exponent: A family of n questions is drawn by n to this: 1 draws questions alike, 0 families alike.
         family_cap: Largest share of one family of questions in the sampling.
         instruction_dropout: Share of the pairs that are asked without words, which trains the general embedding.
@@ -81,6 +82,8 @@ class TrainingSettings:
         projection_dim: Middle size of the projection.
         focus_token: Whether instructions get a focus token.
         summary_tokens: Whether sources and users get summary tokens.
+        transformer_dim: Hidden size of a small random Transformer, all trained, in place of the LLM's layers; 0 for the
+            LLM. For ablations.
 
     Source: defaults after Q-Anchor (arXiv 2602.14492); the negatives are ours.
     """
@@ -109,7 +112,7 @@ class TrainingSettings:
     negatives: Literal["same_question", "batch"] = "same_question"
     false_negative_mask: bool = True
     false_negative_margin: float | None = Field(default=None, ge=0)
-    autoregressive_pairs: int = Field(default=2, ge=0)
+    autoregressive_pairs: float = Field(default=2, ge=0)
     family_exponent: float = Field(default=0.5, ge=0, le=1)
     family_cap: float = Field(default=0.5, gt=0, le=1)
     instruction_dropout: float = Field(default=0.05, ge=0, le=1)
@@ -138,6 +141,7 @@ class TrainingSettings:
     projection_dim: int = Field(default=512, ge=1)
     focus_token: bool = True
     summary_tokens: bool = True
+    transformer_dim: int = Field(default=0, ge=0, multiple_of=16)
 
     def __post_init__(self) -> None:
         if self.false_negative_margin is not None and self.negatives == "same_question":
@@ -149,11 +153,14 @@ class TrainingSettings:
             raise ConfigError("all three losses have weight 0", "give one of them a weight")
         if self.autoregressive_weight and not self.autoregressive_pairs:
             raise ConfigError("autoregressive_weight without autoregressive_pairs", "set one to 0 or both above")
+        if self.transformer_dim and self.lora_r:
+            raise ConfigError("transformer_dim leaves no LLM for LoRA to adapt", "set lora_r to 0")
 
     def learning(self) -> dict[str, Any]:
         """The settings that decide the weights, by name, JSON-ready."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in values.items() if name not in _NOT_LEARNING}
+        left_out = _NOT_LEARNING if self.transformer_dim else _NOT_LEARNING | {"transformer_dim"}
+        return {name: value for name, value in values.items() if name not in left_out}
 
     def digest(self) -> str:
         """Hash of `learning()`."""
