@@ -19,8 +19,10 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from instructue_feast.errors import ConfigError, did_you_mean
+from instructue_feast.errors import ConfigError, VersionMismatchError, did_you_mean
 from instructue_feast.instructions import Instruction, InstructionRegistry
+from instructue_feast.question_specs import KINDS, AttributeSpec, GeneratorConfig, UserQAConfig
+from instructue_feast.soft_prompt_file import read_soft_prompt
 from instructue_feast.template import Field as TemplateField
 from instructue_feast.template import parse_template
 
@@ -166,10 +168,17 @@ class HistoryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class InstructionConfig:
-    """One instruction, as in `instructue_feast.instructions.Instruction`."""
+    """One instruction, as in `instructue_feast.instructions.Instruction`.
+
+    Attributes:
+        id: Name of the feature.
+        text: What the embedding should be about.
+        soft_prompt: File that `instructue tune-instruction` wrote for these words and this model.
+    """
 
     id: str
     text: str
+    soft_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -236,6 +245,7 @@ class InstructueConfig:
     history: HistoryConfig = Field(default_factory=HistoryConfig)
     model: ModelSettings = Field(default_factory=ModelSettings)
     feast: FeastConfig = Field(default_factory=FeastConfig)
+    user_qa: UserQAConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -245,11 +255,24 @@ class InstructueConfig:
                 raise ConfigError(f"source name {name!r}", "use lower-case letters, digits and underscores")
         if not self.instructions:
             raise ConfigError("`instructions` is empty", "declare at least one instruction")
-        self.registry()
+        InstructionRegistry(Instruction(one.id, one.text) for one in self.instructions)
+        for spec in self.user_qa.questions if self.user_qa else ():
+            where = f"question family {spec.id}"
+            if spec.source not in self.sources:
+                raise ConfigError(f"{where}: unknown source {spec.source!r}", did_you_mean(spec.source, self.sources))
+            fitting = self.tabular_sources if isinstance(spec, AttributeSpec) else self.event_sources
+            if spec.source not in fitting:
+                message = f"{where}: kind {spec.kind} cannot be asked about source {spec.source}"
+                raise ConfigError(message, did_you_mean(spec.source, fitting))
 
     def registry(self) -> InstructionRegistry:
-        """The declared instructions."""
-        return InstructionRegistry(Instruction(one.id, one.text) for one in self.instructions)
+        """The declared instructions, with the digests of their soft prompts.
+
+        Raises:
+            DataError: A soft prompt is missing or damaged.
+            VersionMismatchError: A soft prompt was tuned for other words.
+        """
+        return InstructionRegistry(_instruction(one) for one in self.instructions)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -301,6 +324,19 @@ class InstructueConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _instruction(settings: InstructionConfig) -> Instruction:
+    plain = Instruction(settings.id, settings.text)
+    if settings.soft_prompt is None:
+        return plain
+    prompt = read_soft_prompt(settings.soft_prompt)
+    if prompt.text != plain.text:
+        raise VersionMismatchError(
+            f"instruction {settings.id!r}: {settings.soft_prompt} was tuned for the words {prompt.text!r}",
+            "use those words, or tune it again with `instructue tune-instruction`",
+        )
+    return Instruction(settings.id, settings.text, soft_prompt=prompt.digest)
+
+
 def load_config(path: str | Path) -> InstructueConfig:
     """Reads and validates an `instructue.yaml`.
 
@@ -316,15 +352,15 @@ def load_config(path: str | Path) -> InstructueConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no config file at {file}", "pass --config, or run `instructue data` to write an example")
-    try:
-        raw = yaml.safe_load(_interpolate(file.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}", "mend the file at that line") from None
+    raw = _read_yaml(file)
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} holds no mapping", "start with `project:`, `sources:`, `instructions:`, `output:`")
+    if isinstance(raw.get("user_qa"), str):
+        raw["user_qa"] = _read_user_qa(file.parent / raw["user_qa"])
     for source in (raw.get("sources") or {}).values() if isinstance(raw.get("sources"), dict) else ():
         if isinstance(source, dict):
             source.setdefault("kind", "events")
+    _mend_yes_and_no(raw.get("user_qa"))
     try:
         config = _ADAPTER.validate_python(raw)
     except ConfigError as error:
@@ -338,7 +374,8 @@ _ADAPTER: TypeAdapter[InstructueConfig] = TypeAdapter(InstructueConfig)
 _CLASSES: dict[str, type] = {
     "table": TableConfig, "users": UsersConfig, "history": HistoryConfig, "instructions": InstructionConfig,
     "events": EventSourceConfig, "tabular": TabularSourceConfig, "model": ModelSettings, "output": OutputConfig,
-    "feast": FeastConfig,
+    "feast": FeastConfig, "user_qa": UserQAConfig,
+    "generator": GeneratorConfig, **KINDS,
 }  # fmt: skip
 
 
@@ -349,6 +386,7 @@ def _explain(file: Path, error: ValidationError) -> tuple[str, str]:
     first = next((one for one in errors if one["type"] in unknown), errors[0])
     loc = [str(piece) for piece in first["loc"]]
     path = [*loc[:2], *loc[3:]] if loc[0] == "sources" and loc[2:3] in (["events"], ["tabular"]) else loc
+    path = [*loc[:3], *loc[4:]] if loc[:2] == ["user_qa", "questions"] and loc[3:4] and loc[3] in KINDS else path
     where = ".".join(path)
     if first["type"] in unknown:
         names = [field.name for field in dataclasses.fields(_class_at(loc[:-1]))]
@@ -363,6 +401,30 @@ def _class_at(parents: list[str]) -> Any:
         if piece in _CLASSES:
             return _CLASSES[piece]
     return InstructueConfig
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(_interpolate(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}", "mend the file at that line") from None
+
+
+def _read_user_qa(file: Path) -> Any:
+    """The questions, when they stand in a file of their own, under `user_qa:` or at the top."""
+    if not file.is_file():
+        raise ConfigError(f"user_qa: no file at {file}", "mend the path, or write the questions in the config itself")
+    raw = _read_yaml(file)
+    return raw["user_qa"] if isinstance(raw, dict) and "user_qa" in raw else raw
+
+
+def _mend_yes_and_no(section: Any) -> None:
+    """YAML 1.1 reads the keys `yes` and `no` as booleans."""
+    questions = section.get("questions") if isinstance(section, dict) else None
+    for question in questions if isinstance(questions, list) else ():
+        for key, name in ((True, "yes"), (False, "no")):
+            if isinstance(question, dict) and key in question:
+                question[name] = question.pop(key)
 
 
 def _interpolate(text: str) -> str:
@@ -401,4 +463,10 @@ def _absolute(config: InstructueConfig, base: Path) -> InstructueConfig:
         llm=named(config.model.llm),
         text_encoder=named(config.model.text_encoder),
     )
-    return dataclasses.replace(config, sources=sources, users=users, output=output, model=model)
+    instructions = tuple(
+        dataclasses.replace(one, soft_prompt=one.soft_prompt and resolve(one.soft_prompt))
+        for one in config.instructions
+    )
+    return dataclasses.replace(
+        config, sources=sources, users=users, output=output, model=model, instructions=instructions
+    )

@@ -34,13 +34,14 @@ def project_files(template: str, *, raw: str = "raw", output: str = "output") ->
     """The files of a project folder by name; see `write_project`."""
     return {
         "instructue.yaml": render_config(template, raw=raw, output=output),
+        "user_qa.yaml": _read(f"{template}.user_qa.yaml"),
         "feature_store.yaml": _read("feature_store.yaml"),
         "definitions.py": _read("definitions.py.txt"),
     }
 
 
 def write_project(folder: Path, template: str, *, raw: str = "raw", output: str = "output") -> Path:
-    """Writes `instructue.yaml`, `feature_store.yaml` and `definitions.py`, so that the folder is also a Feast repo.
+    """Writes config, questions, `feature_store.yaml` and `definitions.py`, so that the folder is also a Feast repo.
 
     A file that is there with other content is kept as `<name>.bak`.
 

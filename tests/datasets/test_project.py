@@ -15,7 +15,7 @@ from instructue_feast.files import replacing
 FEATURE_REPO = Path(__file__).parents[2] / "feature_repo"
 
 
-@pytest.mark.parametrize("name", ["instructue.yaml", "feature_store.yaml", "definitions.py"])
+@pytest.mark.parametrize("name", ["instructue.yaml", "user_qa.yaml", "feature_store.yaml", "definitions.py"])
 def test_the_feature_repo_is_the_template_pointed_at_the_demo(name: str) -> None:
     files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output")
     assert (FEATURE_REPO / name).read_text(encoding="utf-8") == files[name]
@@ -61,8 +61,21 @@ def test_a_config_somebody_changed_is_kept_beside_the_new_one(tmp_path: Path) ->
     assert (tmp_path / "instructue.yaml.bak").read_text(encoding="utf-8") == "project: mine\n"
     assert config.read_text(encoding="utf-8") == render_config("synthetic")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "definitions.py", "feature_store.yaml", "instructue.yaml", "instructue.yaml.bak",
+        "definitions.py", "feature_store.yaml", "instructue.yaml", "instructue.yaml.bak", "user_qa.yaml",
     ]  # fmt: skip
+
+
+def test_questions_may_stand_in_a_file_of_their_own_or_in_the_config(tmp_path: Path) -> None:
+    path = write_project(tmp_path, "synthetic")
+    apart = load_config(path)
+    assert apart.user_qa is not None
+    questions = yaml.safe_load((tmp_path / "user_qa.yaml").read_text(encoding="utf-8"))
+    together = yaml.safe_load(path.read_text(encoding="utf-8")) | questions
+    path.write_text(yaml.safe_dump(together, sort_keys=False), encoding="utf-8")
+    assert load_config(path) == apart
+    path.write_text(render_config("synthetic").replace("user_qa.yaml", "nowhere.yaml"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"user_qa: no file at .*nowhere\.yaml"):
+        load_config(path)
 
 
 def test_an_unknown_template_is_refused_with_those_that_exist(tmp_path: Path) -> None:
