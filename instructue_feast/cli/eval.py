@@ -1,0 +1,313 @@
+"""`instructue eval`: how good the embeddings are, against baselines, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from instructue_feast.cli.console import DEFAULT_CONFIG, err, out, print_table
+from instructue_feast.cli.extract import log_file
+from instructue_feast.cli.jobs import StageDisplay, run_job
+from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.errors import ConfigError, StorageError
+from instructue_feast.instructions import Instruction
+from instructue_feast.runs.manifest import parse_as_of
+
+if TYPE_CHECKING:
+    from instructue_feast.evaluation.suite import SuiteOptions
+    from instructue_feast.evaluation.tasks import Task
+    from instructue_feast.model.modeling import InstructUEModel
+
+SYNTHETIC_USERS = 2_000
+SYNTHETIC_END = "2025-06-01T00:00:00Z"
+"""Where the events of the synthetic data set end."""
+
+DEFAULT_FOLDER = Path("build/eval")
+
+
+class Suite(StrEnum):
+    """The suites."""
+
+    complete_journey = "complete-journey"
+    synthetic = "synthetic"
+
+
+class Dtype(StrEnum):
+    """Compute types."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def evaluate(
+    suite: Annotated[Suite | None, typer.Option(help="A built-in suite of tasks.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a trained model; default: the config's.")] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="The project; a suite makes its own.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where the figures go; .md and .png beside.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows to compute, with commas between; default: all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas between; default: all.")] = None,
+    soft_prompts: Annotated[Path | None, typer.Option(help="Folder of <task>.safetensors, for ours_fewshot.")] = None,
+    noise: Annotated[bool, typer.Option(help="Measure the same with irrelevant events added.")] = True,
+    task: Annotated[str | None, typer.Option(help="Name of a task of your own.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Its instruction.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV or Parquet file: user_id, label (0 or 1).")] = None,
+    yes: Annotated[str, typer.Option(help="Answer that means 1, for ours_zeroshot.")] = "",
+    no: Annotated[str, typer.Option(help="Answer that means 0.")] = "",
+    as_of: Annotated[str | None, typer.Option(help="Moment of the histories, for a task of your own.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Compute type of the LLM; default: the config's.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes for the probes; 0 for one per core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of folds, draws and noise.")] = 0,
+    allow_leakage: Annotated[bool, typer.Option("--allow-leakage", help="The model may have seen the future.")] = False,
+) -> None:
+    """Score embeddings against baselines: a built-in suite, or a task of your own with its instruction and labels.
+
+    Example: [bold]instructue eval --suite complete-journey --model models/x --json build/eval/complete_journey.json[/]
+
+    Example: [bold]instructue eval --task vip --instruction "Is this a big spender?" --labels vip.csv[/]
+    """
+    own = {"--task": task, "--instruction": instruction, "--labels": labels}
+    if (suite is None) == (task is None):
+        raise ConfigError("eval needs either --suite or --task", "pass --suite complete-journey, or a task of your own")
+    if suite is None and (missing := [name for name, value in own.items() if value is None]):
+        raise ConfigError(f"a task of your own needs {' and '.join(missing)}", "pass all three")
+    from instructue_feast.evaluation.suite import SuiteOptions
+    from instructue_feast.evaluation.tasks import Task
+
+    options = SuiteOptions(
+        rows=_names(rows), tasks=_names(tasks), seed=seed, jobs=jobs or os.cpu_count() or 1, allow_leakage=allow_leakage
+    )
+    if not noise:
+        options = dataclasses.replace(options, noise=())
+    json_path = json_path or DEFAULT_FOLDER / f"{(suite.value if suite else task or '').replace('-', '_')}.json"
+    if suite is None:
+        assert task is not None
+        assert instruction is not None
+        assert labels is not None
+        Instruction("task", instruction)  # refuses prompt markup before anything slow starts
+        answers = (yes, no) if yes and no else ()
+        own_task = Task(name=task, family="custom", subject=task, instruction=instruction, answers=answers, unseen=True)
+        project = _Project.of(config or DEFAULT_CONFIG, model, dtype)
+        _custom(project, as_of, own_task, labels, options, json_path)
+    elif suite is Suite.complete_journey:
+        project = _Project.of(config or _journey_project(json_path.parent), model, dtype)
+        _complete_journey(project, options, soft_prompts, json_path)
+    else:
+        project = _Project.of(config or _synthetic_project(json_path.parent), model, dtype)
+        _synthetic(project, as_of, options, json_path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Project:
+    """A project and the file it was read from."""
+
+    file: str
+    config: InstructueConfig
+
+    @classmethod
+    def of(cls, file: str, model: str | None, dtype: Dtype | None) -> _Project:
+        """Reads it, with another model or compute type where asked for."""
+        config = load_config(file)
+        settings = config.model
+        if dtype is not None:
+            settings = dataclasses.replace(settings, dtype=dtype.value)
+        if model is not None:
+            settings = dataclasses.replace(settings, path=str(Path(model).resolve()))
+        return cls(file, dataclasses.replace(config, model=settings))
+
+    def load_model(self) -> InstructUEModel:
+        """The model, checked against the project; a trained one with LoRA merged, as it is served."""
+        from instructue_feast.model.factory import load_model
+        from instructue_feast.model.modeling import InstructUEModel
+
+        model = load_model(self.config)
+        path = self.config.model.path
+        return model if path is None else InstructUEModel.from_pretrained(path, dtype=model.llm_dtype, merge_lora=True)
+
+    def extract(self, as_of: datetime) -> str:
+        """A finished extract at `as_of`: one that is there, or a new one."""
+        from instructue_feast.evaluation.extracts import find_extract
+
+        found = find_extract(self.config, as_of)
+        if found is not None:
+            return found
+        arguments = ["--config", self.file, "--as-of", as_of.isoformat()]
+        result = run_job("instructue_spark.extract", arguments, log=log_file(self.config.output.path, "extract"))
+        return str(result.value["extract_id"])
+
+
+def _complete_journey(project: _Project, options: SuiteOptions, soft_prompts: Path | None, json_path: Path) -> None:
+    from instructue_feast.evaluation.document import suite_document
+    from instructue_feast.evaluation.extracts import read_extract
+    from instructue_feast.evaluation.journey import read_journey
+    from instructue_feast.evaluation.journey_tasks import CUT, journey_tasks
+    from instructue_feast.evaluation.ours import load_soft_prompts
+    from instructue_feast.evaluation.plots import write_plots
+    from instructue_feast.evaluation.report import markdown
+    from instructue_feast.evaluation.suite import run_journey_suite
+
+    config = project.config
+    journey = read_journey(config)
+    tasks = journey_tasks(journey, config).select(options.tasks).tasks  # refuses an unknown name before Spark starts
+    if soft_prompts is not None:
+        options = dataclasses.replace(options, soft_prompts=load_soft_prompts(soft_prompts, tasks))
+    model = project.load_model()
+    history, book = read_extract(config, project.extract(CUT))
+    options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
+    with StageDisplay() as display:
+        result = run_journey_suite(config, journey, model, history, book, options, _Steps(display).report)
+    data = "The Complete Journey (84.51°, 2017), cut at 2017-10-01."
+    document = suite_document(result, model, options, suite=Suite.complete_journey.value, data=data)
+    _write(document, json_path, markdown, write_plots)
+    _print_means(document)
+
+
+def _custom(
+    project: _Project,
+    as_of: str | None,
+    task: Task,
+    labels: Path,
+    options: SuiteOptions,
+    json_path: Path,
+) -> None:
+    from instructue_feast.evaluation.custom import MIN_OF_A_CLASS, run_custom_task
+    from instructue_feast.evaluation.document import suite_document
+    from instructue_feast.evaluation.extracts import latest_extract, read_extract
+    from instructue_feast.evaluation.label_file import read_labels
+    from instructue_feast.evaluation.plots import write_plots
+    from instructue_feast.evaluation.report import markdown
+    from instructue_feast.evaluation.tasks import require_learnable
+
+    config = project.config
+    extract_id = project.extract(parse_as_of(as_of)) if as_of else latest_extract(config)
+    history, book = read_extract(config, extract_id)
+    found = read_labels(labels, history.user_ids)
+    require_learnable(task.name, found.labels, least=MIN_OF_A_CLASS)
+    model = project.load_model()
+    options = dataclasses.replace(options, noise=(), max_batch_tokens=config.model.max_batch_tokens)
+    with StageDisplay() as display:
+        result = run_custom_task(config, model, history, book, found, task, options, _Steps(display).report)
+    data = f"Project {config.project}, extract {extract_id}."
+    document = suite_document(result, model, options, suite=f"task {task.name}", data=data)
+    _write(document, json_path, markdown, write_plots)
+    _print_means(document)
+
+
+def _synthetic(project: _Project, as_of: str | None, options: SuiteOptions, json_path: Path) -> None:
+    from instructue_feast.evaluation.document import recovery_document
+    from instructue_feast.evaluation.extracts import read_extract
+    from instructue_feast.evaluation.plots import write_recovery_plot
+    from instructue_feast.evaluation.recovery import read_truth, run_recovery
+    from instructue_feast.evaluation.report import recovery_markdown
+
+    config = project.config
+    if config.users is None or config.users.table.path is None:
+        raise ConfigError(f"project {config.project} has no users table", "make it with `instructue data synthetic`")
+    truth = read_truth(Path(config.users.table.path).parent / "truth")
+    model = project.load_model()
+    history, book = read_extract(config, project.extract(parse_as_of(as_of or SYNTHETIC_END)))
+    options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
+    with StageDisplay() as display:
+        found, seconds = run_recovery(config, model, history, book, truth, options, _Steps(display).report)
+    document = recovery_document(found, model, options, users=len(truth.user_ids), seconds=seconds)
+    _write(document, json_path, recovery_markdown, write_recovery_plot)
+    print_table(
+        "AUC of an interest, linear probe",
+        ["instruction", "auc", "low", "high"],
+        [[name, *(round(one, 4) for one in document[key].values())] for key, name in _RECOVERY_ROWS.items()],
+    )
+
+
+_RECOVERY_ROWS = {"own": "about that interest", "others": "about another interest", "gap": "difference"}
+
+
+def _journey_project(folder: Path) -> str:
+    """The whole data set as a project; made when it is not there."""
+    from instructue_feast.datasets.complete_journey import NUM_HOUSEHOLDS, write_complete_journey
+
+    root = folder / "complete_journey"
+    if not (root / "instructue.yaml").is_file():
+        with StageDisplay() as display:
+            display.timed("data", lambda: (NUM_HOUSEHOLDS, sum(write_complete_journey(root).rows.values())))
+    return str(root / "instructue.yaml")
+
+
+def _synthetic_project(folder: Path) -> str:
+    """A synthetic project; made when it is not there."""
+    from instructue_feast.datasets.project import write_project
+
+    root = folder / "synthetic"
+    if not (root / "instructue.yaml").is_file():
+        arguments = ["--out", str(root), "--users", str(SYNTHETIC_USERS)]
+        run_job("instructue_spark.synthetic", arguments, log=root / "logs" / "synthetic.log")
+        write_project(root, "synthetic")
+    return str(root / "instructue.yaml")
+
+
+class _Steps:
+    """Shows the steps of an evaluation as stages."""
+
+    def __init__(self, display: StageDisplay) -> None:
+        self._display = display
+        self._started: dict[str, float] = {}
+
+    def report(self, name: str, done: int, total: int) -> None:
+        """Takes what `OnStep` is called with."""
+        if name not in self._started:
+            self._started[name] = time.monotonic()
+            self._display.show({"event": "stage_started", "name": name})
+        self._display.show({"event": "progress", "name": name, "done": done, "total": total})
+        if done == total:
+            seconds = time.monotonic() - self._started.pop(name)
+            self._display.show(
+                {"event": "stage_done", "name": name, "seconds": seconds, "rows_in": total, "rows_out": done}
+            )
+
+
+def _write(
+    document: dict[str, Any],
+    json_path: Path,
+    markdown: Callable[[dict[str, Any]], str],
+    plots: Callable[[dict[str, Any], Path], list[Path]],
+) -> None:
+    """Writes JSON, Markdown and pictures beside each other."""
+    texts = {
+        json_path: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        json_path.with_suffix(".md"): markdown(document),
+    }
+    try:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            scratch = file.with_name(f".{file.name}.tmp")
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(file)
+        pictures = plots(document, json_path.with_suffix(""))
+    except OSError as error:
+        raise StorageError(f"cannot write {json_path}: {error.strerror}", "free disk or mend the rights") from None
+    for file in [*texts, *pictures]:
+        err.print(f"wrote {file}", soft_wrap=True)
+
+
+def _print_means(document: dict[str, Any]) -> None:
+    rows = []
+    for name, value in document["mean"].items():
+        unseen = document["mean_unseen"].get(name)
+        figures = [f"{value[key]:.4f}" for key in ("auc", "auc_low", "auc_high")]
+        rows.append([name, *figures, f"{unseen['auc']:.4f}" if unseen else ""])
+    title = f"Mean AUC over {len(document['tasks'])} tasks" if len(document["tasks"]) > 1 else "AUC"
+    print_table(title, ["row", "auc", "low", "high", "never trained on"], rows)
+    if not document["model"]["trained"]:
+        out.print("[yellow]The model is untrained: its rows are a floor.[/]")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(one.strip() for one in (text or "").split(",") if one.strip()) or None

@@ -1,0 +1,1 @@
+"""Measuring embeddings: tasks with labels, baselines, linear probes, intervals, and the report."""
