@@ -9,7 +9,23 @@ from collections.abc import Sequence
 import typer
 
 from instructue_feast import __version__
-from instructue_feast.cli import backfill, data, demo, doctor, extract, get, materialize, models, publish
+from instructue_feast.cli import (
+    ablate,
+    backfill,
+    data,
+    demo,
+    doctor,
+    explain,
+    extract,
+    get,
+    materialize,
+    models,
+    publish,
+    qa,
+    train,
+    tune,
+)
+from instructue_feast.cli import eval as evaluation
 from instructue_feast.cli.console import print_error
 from instructue_feast.errors import InstructueError
 
@@ -25,10 +41,16 @@ app.command()(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command()(extract.extract)
+app.command()(qa.qa)
+app.command()(train.train)
+app.command("tune-instruction")(tune.tune_instruction)
+app.command("eval")(evaluation.evaluate)
+app.command()(ablate.ablate)
 app.command()(backfill.backfill)
 app.command()(publish.publish)
 app.command()(materialize.materialize)
 app.command()(get.get)
+app.command()(explain.explain)
 app.command()(demo.demo)
 
 

@@ -148,6 +148,22 @@ class UserEmbedder:
         batch, similarity_TK = self._gather(history, prepared)
         return self.model.focus_weights(batch, similarity_TK)
 
+    def inputs(self, history: PackedHistory, instruction: Instruction) -> tuple[UserBatch, Suffix, torch.Tensor]:
+        """What the model's forward pass takes for one instruction, ready for gradients.
+
+        Returns:
+            The users, the instruction's suffix, and `[T, 1]` similarity of each text to the instruction.
+
+        Raises:
+            ConfigError: A missing soft prompt.
+            DataError: A text is not in the table, or the history was made with another config.
+        """
+        prepared = self._prepare([instruction])
+        self.model.prompt.check(history)
+        batch, similarity_T1 = self._gather(history, prepared)
+        # What was prepared in inference mode must not meet autograd; a clone may.
+        return batch, prepared.suffixes[0], similarity_T1.clone()
+
     def _gather(self, history: PackedHistory, prepared: _Prepared) -> tuple[UserBatch, torch.Tensor]:
         rows = torch.from_numpy(self.table.rows(history.text_id))
         device = self.model.device

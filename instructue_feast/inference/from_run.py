@@ -10,6 +10,7 @@ import torch
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import VersionMismatchError
 from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.inference.soft_prompts import FOLDER, load_run_soft_prompts
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.inference.version import model_version
 from instructue_feast.model.modeling import InstructUEModel
@@ -20,7 +21,7 @@ from instructue_feast.runs.store import OutputStore
 def open_embedder(
     store: OutputStore, run_id: str, *, dtype: str = "float32", max_batch_tokens: int | None = None
 ) -> UserEmbedder:
-    """Loads the model and the soft-token table of a run.
+    """Loads the model, the soft-token table and the soft prompts of a run.
 
     Args:
         store: Where the run lives.
@@ -42,13 +43,16 @@ def open_embedder(
         store.fs.get(store.path("runs", run_id, "model") + "/", f"{scratch}/model/", recursive=True)
         table = "soft_tokens.safetensors"
         store.fs.get(store.path("runs", run_id, table), f"{scratch}/{table}")
+        if store.exists("runs", run_id, FOLDER):
+            store.fs.get(store.path("runs", run_id, FOLDER) + "/", f"{scratch}/{FOLDER}/", recursive=True)
         return _open(Path(scratch), dtype, max_batch_tokens)
 
 
 def _open(folder: Path, dtype: str, max_batch_tokens: int | None) -> UserEmbedder:
     model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")
-    return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens)
+    prompts = load_run_soft_prompts(folder)
+    return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens, soft_prompts=prompts)
 
 
 def check_run_model(store: OutputStore, run_id: str, config: InstructueConfig, embedder: UserEmbedder) -> RunManifest:

@@ -39,6 +39,7 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
         prompt_texts: Newest texts of each source that stand in the prompt; 0 for all. Summaries and focus see all.
         focus_token: Whether each instruction gets its focus token.
         summary_tokens: Whether sources and user get summary tokens.
+        transformer_dim: Hidden size of a small Transformer, all trained, in place of the LLM's layers; 0 for the LLM.
         preamble: Text at the head of every prompt.
         seed: Seed the weights were initialised from.
         history_digest: `InstructueConfig.history_digest()` of the training data, if any.
@@ -66,6 +67,7 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
     prompt_texts: int = 0
     focus_token: bool = True
     summary_tokens: bool = True
+    transformer_dim: int = 0
     preamble: str = PREAMBLE
     seed: int = 0
     history_digest: str | None = None
@@ -127,4 +129,6 @@ class InstructUEConfig(PreTrainedConfig):  # type: ignore[misc]
             "llm_layers": self.llm_layers,
             "format": self.format,
         }
+        if self.transformer_dim:  # models with an LLM keep the versions they have
+            settings["transformer_dim"] = self.transformer_dim
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -15,6 +15,7 @@ from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import describe_encoder
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.model.saving import load_llm, torch_dtype
+from instructue_feast.model.small_transformer import layer_weights, small_transformer
 
 
 def load_model(config: InstructueConfig) -> InstructUEModel:
@@ -61,6 +62,7 @@ def untrained(
     prompt_texts: int = 0,
     focus_token: bool = True,
     summary_tokens: bool = True,
+    transformer_dim: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> InstructUEModel:
@@ -78,11 +80,14 @@ def untrained(
         prompt_texts: Newest texts of each source in the prompt; 0 for all.
         focus_token: Whether instructions get a focus token.
         summary_tokens: Whether there are summary tokens.
+        transformer_dim: Hidden size of a small Transformer in place of the LLM's layers; 0 for the LLM.
         seed: Seed of all weights of ours.
         dtype: Compute type of the LLM.
     """
     described = {name: describe_encoder(name) for name in set(encoders.values())}
     causal, tokenizer, digest = load_llm(llm, dtype, llm_layers)
+    if transformer_dim:
+        causal = small_transformer(causal, transformer_dim, seed=seed)
     embedding_VH = causal.get_input_embeddings().weight.detach()  # type: ignore[operator]
     model_config = InstructUEConfig(
         sources=list(encoders),
@@ -101,10 +106,14 @@ def untrained(
         prompt_texts=prompt_texts,
         focus_token=focus_token,
         summary_tokens=summary_tokens,
+        transformer_dim=transformer_dim,
         seed=seed,
     )
     model = InstructUEModel(model_config, causal, tokenizer)
     _initialise(model, embedding_VH.float(), seed)
+    if transformer_dim:
+        for one in layer_weights(model.llm).values():
+            one.requires_grad_(True)
     return model.eval()
 
 

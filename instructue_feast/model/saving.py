@@ -30,6 +30,7 @@ from instructue_feast.model.artifacts import folder_digest, local_folder, quiet,
 from instructue_feast.model.bundled import resolve_folder
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import describe_encoder
+from instructue_feast.model.small_transformer import layer_weights, small_transformer
 
 if TYPE_CHECKING:
     from instructue_feast.model.modeling import InstructUEModel
@@ -38,6 +39,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LORA_FOLDER = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
+TRANSFORMER_WEIGHTS = "transformer.safetensors"
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -106,9 +108,14 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def lora_digest(model: InstructUEModel) -> str:
-    """Digest of LoRA's config and weights; empty without LoRA. A merged model remembers what was merged."""
+    """Digest of LoRA's config and weights; empty without LoRA. A merged model remembers what was merged.
+
+    Without an LLM it is that of the small Transformer.
+    """
     if model.lora_digest is not None:
         return model.lora_digest
+    if model.config.transformer_dim:
+        return tensors_digest(layer_weights(model.llm))
     if not hasattr(model.llm, "peft_config"):
         return ""
     from peft import get_peft_model_state_dict
@@ -142,6 +149,9 @@ def save(model: InstructUEModel, folder: Path) -> None:
         save_file(
             {name: value.detach().cpu().clone() for name, value in model.own_state().items()}, scratch / WEIGHTS_NAME
         )
+        if model.config.transformer_dim:
+            weights = {name: one.detach().cpu().clone() for name, one in layer_weights(model.llm).items()}
+            save_file(weights, scratch / TRANSFORMER_WEIGHTS)
         if hasattr(model.llm, "peft_config"):
             model.llm.save_pretrained(  # type: ignore[operator]
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
@@ -168,6 +178,11 @@ def load(
         require_digest(
             "text encoder", encoder, describe_encoder(encoder).version, (config.encoder_digests or {})[encoder]
         )
+    if config.transformer_dim:
+        causal = small_transformer(causal, config.transformer_dim, seed=config.seed)
+        file = folder / TRANSFORMER_WEIGHTS
+        _require_fit(layer_weights(causal), tensors := _read_tensors(file), file)
+        causal.load_state_dict(tensors, strict=False)
     lora = folder / LORA_FOLDER
     if lora.is_dir():
         causal = _with_lora(causal, lora)
@@ -241,12 +256,15 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: InstructUEModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    expected = {name: value.shape for name, value in model.own_state().items()}
+    _require_fit(model.own_state(), tensors, folder / WEIGHTS_NAME)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _require_fit(state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    expected = {name: value.shape for name, value in state.items()}
     wrong = list(expected.keys() ^ tensors.keys())
     wrong += [name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape]
     if wrong:
         raise VersionMismatchError(
-            f"{folder / WEIGHTS_NAME} does not fit its config: {listed(wrong)}",
-            "save the model again with this release",
+            f"{file} does not fit its config: {listed(wrong)}", "save the model again with this release"
         )
-    model.load_state_dict(tensors, strict=False)

@@ -79,6 +79,8 @@ def _card(model: InstructUEModel, settings: TrainingSettings, metrics: dict[str,
         sort_keys=False,
     )
     layers = f"its first {config.llm_layers} layers" if config.llm_layers else "all layers"
+    if config.transformer_dim:
+        layers = f"its words only; in place of its layers a small Transformer of size {config.transformer_dim}"
     rows = "\n".join(f"| {text} | {metrics[name]:.4f} |" for name, text in _METRICS.items() if name in metrics)
     learned = "\n".join(f"| `{name}` | {value} |" for name, value in settings.learning().items())
     shuffled = (

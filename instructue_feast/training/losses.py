@@ -194,14 +194,15 @@ class Learner(nn.Module):
 def _to_head(model: InstructUEModel) -> nn.Linear:
     """A learned map before the vocabulary head; training only.
 
-    For a whole LLM it starts as the identity. The head of a cut LLM reads states of a layer it was not made for: its first
-    loss is twice that of knowing nothing, and pulling it down through `<USER>` alone collapses the embeddings before they
-    have learned anything. A tenth of the identity starts it near knowing nothing.
+    For a whole LLM it starts as the identity. The head of a cut LLM reads states of a layer it was not made for: its
+    first loss is twice that of knowing nothing, and pulling it down through `<USER>` alone collapses the embeddings
+    before they have learned anything. A tenth of the identity starts it near knowing nothing.
     """
     size = model.config.hidden_size
+    foreign = model.config.llm_layers or model.config.transformer_dim
     linear = nn.Linear(size, size, device=model.device)
     with torch.no_grad():
-        linear.weight.copy_(torch.eye(size) * (_CUT_HEAD_SCALE if model.config.llm_layers else 1.0))
+        linear.weight.copy_(torch.eye(size) * (_CUT_HEAD_SCALE if foreign else 1.0))
         linear.bias.zero_()
     return linear
 

@@ -31,7 +31,7 @@ from instructue_feast.training import checkpoint
 from instructue_feast.training.card import write_card
 from instructue_feast.training.collate import Passes
 from instructue_feast.training.losses import Learner
-from instructue_feast.training.plan import Sampler
+from instructue_feast.training.plan import Ints, Sampler
 from instructue_feast.training.settings import TrainingSettings
 from instructue_feast.training.trainer import UserQATrainer, training_arguments
 from instructue_feast.training.validation import make_probes, split_rows
@@ -48,6 +48,7 @@ class TrainingData:
         qa_id: Name of the data set.
         train: Pairs of subjects that are trained on.
         held_out: Pairs of subjects that never are, for validation only.
+        lengths: Lengths by which users of `train` share passes; those of its histories for `None`.
         phrasebook: `schema.PHRASEBOOK` of every text in the histories.
         history_digest: `InstructueConfig.history_digest()` the histories were made with.
     """
@@ -57,6 +58,7 @@ class TrainingData:
     phrasebook: pa.Table
     history_digest: str
     held_out: UserQA | None = None
+    lengths: Ints | None = None
 
     def digest(self) -> str:
         """Hash of everything of the training split that decides the weights."""
@@ -65,6 +67,8 @@ class TrainingData:
         for part in (data.offsets, data.question_P, data.answer_P, data.weight_P, history.as_of_us, history.offsets,
                      history.text_id, history.count_bucket, history.age_bucket, history.tabular_numeric):  # fmt: skip
             digest.update(np.ascontiguousarray(part).tobytes())
+        if self.lengths is not None:
+            digest.update(self.lengths.tobytes())
         digest.update(repr((data.questions, data.answers, history.user_ids)).encode())
         return digest.hexdigest()
 
@@ -128,6 +132,7 @@ def make_model(config: InstructueConfig, settings: TrainingSettings) -> Instruct
         prompt_texts=settings.prompt_texts,
         focus_token=settings.focus_token,
         summary_tokens=settings.summary_tokens,
+        transformer_dim=settings.transformer_dim,
         seed=settings.seed,
         dtype=torch_dtype("bfloat16" if settings.bf16 else config.model.dtype),
     )
@@ -213,7 +218,7 @@ def train(
             f"users_per_step {settings.users_per_step} cannot be divided among {world} processes", "use a multiple"
         )
     rows, held_out_rows = split_rows(data.train, settings.validation_fraction)
-    sampler = Sampler(data.train, rows, settings)
+    sampler = Sampler(data.train, rows, settings, data.lengths)
     identity = _identity(model, data, settings)
     if rank == 0:
         checkpoint.open_work(work, identity, resume=resume)

@@ -167,7 +167,7 @@ def parameter_groups(learner: Learner, settings: TrainingSettings) -> list[dict[
     for name, one in learner.named_parameters():
         if not one.requires_grad:
             continue
-        if name.startswith("model.llm."):
+        if name.startswith("model.llm.") and not settings.transformer_dim:
             lora.append(one)
         elif one.dim() >= 2 and ("summary" in name or not name.startswith(("model.prompt.", "to_head."))):
             ours_decay.append(one)

@@ -18,6 +18,7 @@ from pyspark.sql import SparkSession
 
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError, DataError, LeakageError, VersionMismatchError, did_you_mean
+from instructue_feast.inference.soft_prompts import soft_prompts_of
 from instructue_feast.inference.version import embedding_version, model_version
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.factory import load_model
@@ -36,6 +37,7 @@ from instructue_feast.runs.manifest import (
 from instructue_feast.runs.publish import prune_publications, publish
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
+from instructue_feast.soft_prompt_file import SoftPrompt
 from instructue_spark.claim import claimed
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
@@ -80,6 +82,7 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
     Raises:
         ConfigError: An instruction is not declared, or an id cannot be a folder's name.
         LeakageError: The model was trained on events at or after `as_of`.
+        VersionMismatchError: A soft prompt was tuned with another model.
         DataError: A raw table is missing, empty or unreadable.
         RunConflictError: The run exists or another process is writing it.
         InvalidEmbeddingError: A vector is NaN, infinite or not of unit length; nothing is published.
@@ -97,9 +100,12 @@ def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Report
     with claimed(spark, store, "runs", run_id):
         model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
         _check_leakage(model.config.trained_through, request)
+        prompts = soft_prompts_of(config, instructions, model)
         extract = _extract(spark, request, store, run_id, reporter)
         try:
-            manifest = _make_run(spark, request, model, extract, instructions, store, run_id, created, reporter)
+            manifest = _make_run(
+                spark, request, model, extract, instructions, prompts, store, run_id, created, reporter
+            )
         except BaseException:
             if request.extract_id is None:
                 store.remove("extracts", extract.extract_id)
@@ -118,6 +124,7 @@ def _make_run(
     model: InstructUEModel,
     extract: ExtractManifest,
     instructions: tuple[Instruction, ...],
+    prompts: dict[str, SoftPrompt],
     store: OutputStore,
     run_id: str,
     created: datetime,
@@ -127,7 +134,7 @@ def _make_run(
     texts_encoded = encode_new_texts(spark, config, store, extract, reporter)
     with reporter.stage("soft_tokens") as stage:
         stage.rows_in = extract.distinct_texts
-        stage.rows_out = build_soft_tokens(config, store, model, extract, run_id)
+        stage.rows_out = build_soft_tokens(config, store, model, extract, run_id, prompts)
     plan = RunPlan(
         root=store.root,
         run_id=run_id,

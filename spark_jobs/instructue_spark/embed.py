@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from instructue_feast.instructions import Instruction
 from instructue_feast.runs.manifest import BucketMarker, ExtractManifest
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import write_bucket
+from instructue_feast.soft_prompt_file import SoftPrompt
 from instructue_spark.io import emit, spark_errors, spark_schema
 from instructue_spark.report import Reporter
 
@@ -184,9 +185,22 @@ class RunPlan:
 
 
 def build_soft_tokens(
-    config: InstructueConfig, store: OutputStore, model: InstructUEModel, extract: ExtractManifest, run_id: str
+    config: InstructueConfig,
+    store: OutputStore,
+    model: InstructUEModel,
+    extract: ExtractManifest,
+    run_id: str,
+    soft_prompts: Mapping[str, SoftPrompt] | None = None,
 ) -> int:
-    """Turns the event vectors of an extract into the run's soft-token table, and saves model and table in the run.
+    """Turns the event vectors of an extract into the run's soft-token table; saves model, table and prompts in the run.
+
+    Args:
+        config: The project.
+        store: Where the run lives.
+        model: The model.
+        extract: The extract.
+        run_id: The run.
+        soft_prompts: Tuned soft prompts of its instructions, by content hash.
 
     Returns:
         Rows of the table.
@@ -194,6 +208,7 @@ def build_soft_tokens(
     Raises:
         DataError: A text of the phrasebook has no event vector.
     """
+    from instructue_feast.inference.soft_prompts import save_run_soft_prompts
     from instructue_feast.inference.soft_tokens import SoftTokenTable
     from instructue_feast.model.encoders import describe_encoder
 
@@ -211,6 +226,7 @@ def build_soft_tokens(
     with tempfile.TemporaryDirectory() as scratch:
         table.save(Path(scratch) / "soft_tokens.safetensors")
         model.save_pretrained(Path(scratch) / "model")
+        save_run_soft_prompts(soft_prompts or {}, Path(scratch))
         store.fs.put(f"{scratch}/", store.path("runs", run_id) + "/", recursive=True)
     return len(phrases)
 

@@ -1,0 +1,224 @@
+"""Few-shot tuning: it learns what the words do not say, never ends worse than it began, and is served like the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from instructue_feast.errors import ConfigError, DataError, VersionMismatchError
+from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.soft_prompts import (
+    load_run_soft_prompts,
+    model_digest,
+    require_model,
+    save_run_soft_prompts,
+    save_soft_prompt,
+    vectors_of,
+)
+from instructue_feast.instructions import Instruction
+from instructue_feast.soft_prompt_file import read_soft_prompt, vectors_digest
+from instructue_feast.training.instruction_tuning import (
+    InstructionTuner,
+    TuningJob,
+    TuningSettings,
+    answer_loss,
+    draw_shots,
+    initial_soft_prompt,
+    prototype_loss,
+    shared_users,
+    untuned_prompt,
+)
+from instructue_feast.training.user_prefixes import UserPrefixes
+from tests.model_data import make_model, make_table
+from tests.training.data import make_histories
+
+WORDS = Instruction("things", "What does the user like?")
+USERS = 120
+
+
+@pytest.fixture(scope="module")
+def shop():
+    """Users whose histories show who is positive: those with the first thing."""
+    history, has = make_histories(USERS, 1, np.random.default_rng(0))
+    return history, has[:, 0].astype(np.int8)
+
+
+@pytest.fixture
+def world(shop, llm, encoder):
+    history, labels = shop
+    model = make_model(llm, encoder)
+    return model, make_table(model, encoder), history, labels
+
+
+def tuned_in(world, **changes):
+    model, table, history, labels = world
+    chosen = TuningSettings(
+        **({"steps": 30, "tokens": 3, "eval_steps": 5, "shots_per_step": 16, "learning_rate": 0.3} | changes)
+    )
+    shots = draw_shots(history.user_ids, labels, 40, settings=chosen, name="things")
+    job = TuningJob(instruction=WORDS, shots=shots, answers=("Yes, it is there.", "No, it is not."))
+    return InstructionTuner(UserPrefixes(model, table, history), chosen).tune(job)
+
+
+def test_tuning_lowers_the_loss_and_moves_nothing_but_the_soft_prompt(world):
+    model = world[0]
+    before = model.weights_digest()
+    found = tuned_in(world, patience=100)
+    losses = [loss for _, loss, _ in found.history[1:]]
+    assert losses[-1] < losses[0] - 0.05
+    assert model.weights_digest() == before
+    assert found.prompt.model_digest == model_digest(model)
+    assert found.prompt.labels == {"shots": 80, "positive": 40, "held": 20}
+
+
+def test_the_result_is_never_worse_than_the_words_alone(world):
+    found = tuned_in(world)
+    assert found.auc >= max(found.auc_untuned, found.auc_start)
+    hopeless = tuned_in(world, learning_rate=1e3, steps=5, eval_steps=1)
+    assert hopeless.auc >= hopeless.auc_untuned
+
+
+def test_words_that_tuning_cannot_better_stay_as_they_are(world):
+    model, table, history, _ = world
+    prompt = untuned_prompt(WORDS, model)
+    tuned = dataclasses.replace(WORDS, soft_prompt=prompt.digest)
+    embedder = UserEmbedder(model, table, soft_prompts=vectors_of({tuned.content_hash: prompt}))
+    np.testing.assert_array_equal(embedder.encode(history, [tuned]), embedder.encode(history, [WORDS]))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_other_shots(world):
+    one, two, other = tuned_in(world), tuned_in(world), tuned_in(world, seed=1)
+    assert one.prompt.digest == two.prompt.digest
+    assert one.history[1:] == two.history[1:]
+    assert other.history != one.history
+
+
+def test_a_saved_soft_prompt_is_served_as_it_was_tuned(world, tmp_path):
+    model, table, history, _ = world
+    found = tuned_in(world).prompt
+    save_soft_prompt(found, tmp_path / "things.safetensors")
+    back = read_soft_prompt(str(tmp_path / "things.safetensors"))
+    np.testing.assert_array_equal(back.vectors, found.vectors)
+    assert dataclasses.replace(back, vectors=found.vectors) == found
+    assert back.digest == soft_prompt_digest(torch.from_numpy(found.vectors))
+    require_model(back, model)
+    tuned = dataclasses.replace(WORDS, soft_prompt=back.digest)
+    save_run_soft_prompts({tuned.content_hash: back}, tmp_path)
+    served = UserEmbedder(model, table, soft_prompts=load_run_soft_prompts(tmp_path)).encode(history, [tuned])
+    suffix = model.suffix(WORDS.text, soft_prompt=torch.from_numpy(found.vectors))
+    embedder = UserEmbedder(model, table)
+    batch, similarity = embedder._gather(history, embedder._prepare([WORDS]))
+    with torch.inference_mode():
+        direct = model(batch, [[suffix]] * len(history), similarity).embeddings
+    np.testing.assert_allclose(served, direct, atol=1e-5)
+
+
+def test_a_soft_prompt_of_another_model_is_refused(world, llm, encoder):
+    with pytest.raises(VersionMismatchError, match="was tuned with model"):
+        require_model(tuned_in(world, steps=1).prompt, make_model(llm, encoder, seed=1))
+
+
+def test_damaged_files_are_refused(world, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_soft_prompt(tuned_in(world, steps=1).prompt, file)
+    content = file.read_bytes()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_soft_prompt(str(tmp_path / "nothing.safetensors"))
+    for damaged in (
+        content[:-4],
+        content[:-1] + b"\x7f",
+        content[:30],
+        b"",
+        json.dumps({"a": 1}).encode(),
+        b"\xff" * 64,
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged or something else"):
+            read_soft_prompt(str(file))
+
+
+def test_the_start_is_the_instructions_last_words(world):
+    model = world[0]
+    ids = model.suffix(WORDS.text).token_ids
+    embed = model.llm.get_input_embeddings()
+    torch.testing.assert_close(initial_soft_prompt(model, ids, 3), embed(torch.from_numpy(ids[-3:])))
+    assert initial_soft_prompt(model, ids[:2], 5).shape == (5, model.config.hidden_size)
+    torch.testing.assert_close(initial_soft_prompt(model, ids[:0], 2), model.prompt.user.expand(2, -1))
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 1000))
+def test_prototypes_leave_the_shot_itself_out(positives, negatives, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation([1] * positives + [0] * negatives)
+    vectors = rng.normal(size=(len(labels), 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = []
+    for shot, label in enumerate(labels):
+        logits = []
+        for one in (0, 1):
+            members = [row for row in range(len(labels)) if labels[row] == one and row != shot]
+            mean = vectors[members].mean(0)
+            logits.append(vectors[shot] @ mean / np.linalg.norm(mean) / 0.1)
+        expected.append(np.log(np.exp(logits).sum()) - logits[label])
+    found = prototype_loss(torch.from_numpy(vectors), torch.from_numpy(labels), 0.1)
+    assert float(found) == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_the_answer_loss_counts_all_answers_of_a_class():
+    users = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    answers = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    positive = torch.tensor([True, False, False])
+    found = answer_loss(users, torch.tensor([1, 0, 0]), answers, positive, 0.5)
+    share = torch.softmax(users @ answers.T / 0.5, dim=1)
+    expected = -torch.stack([share[0, 0], share[1, 1:].sum(), share[2, 1:].sum()]).log().mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_shots_are_balanced_and_shared_between_tasks():
+    ids = [f"user-{number}" for number in range(400)]
+    first = draw_shots(ids, np.arange(400) % 2, 50, settings=TuningSettings(), name="a")
+    second = draw_shots(ids, (np.arange(400) // 2) % 2, 50, settings=TuningSettings(), name="b")
+    assert first.labels.sum() == second.labels.sum() == 50
+    assert first.held.sum() == 24
+    assert len(np.unique(first.users)) == 100
+    assert len(np.intersect1d(first.users, second.users)) > 60
+    more = draw_shots(ids, np.arange(400) % 2, 60, settings=TuningSettings(), name="a")
+    assert set(first.users) <= set(more.users)
+    users, (one, two) = shared_users([TuningJob(instruction=WORDS, shots=shots) for shots in (first, second)])
+    np.testing.assert_array_equal(users[one.shots.users], first.users)
+    np.testing.assert_array_equal(users[two.shots.users], second.users)
+
+
+def test_too_few_labels_are_refused():
+    ids, settings = [str(number) for number in range(40)], TuningSettings()
+    rare = (np.arange(40) < 10).astype(np.int8)
+    with pytest.raises(DataError, match="all 40 labels are 0"):
+        draw_shots(ids, np.zeros(40, np.int8), 10, settings=settings, name="a")
+    with pytest.raises(DataError, match="10 positive and 30 negative labels, 20 of each are needed"):
+        draw_shots(ids, rare, 20, settings=settings, name="a")
+    with pytest.raises(ConfigError, match="at least 8"):
+        draw_shots(ids, rare, 4, settings=settings, name="a")
+    assert len(draw_shots(ids, rare, 20, settings=settings, name="a", fewer=True)) == 30
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"tokens": 0}, {"shots_per_step": 5}, {"validation_share": 1.0}, {"temperature": 0.0}],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        TuningSettings(**wrong)
+
+
+def test_both_digests_of_vectors_agree():
+    vectors = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
+    assert vectors_digest(vectors) == soft_prompt_digest(torch.from_numpy(vectors))
