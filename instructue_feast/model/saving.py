@@ -147,7 +147,7 @@ def save(model: InstructUEModel, folder: Path) -> None:
         model.config.save_pretrained(scratch)
         # Shared storage is not allowed in safetensors, hence the copies.
         save_file(
-            {name: value.detach().cpu().clone() for name, value in model.own_state().items()}, scratch / WEIGHTS_NAME
+            {name: _compact(value.detach().cpu()) for name, value in model.own_state().items()}, scratch / WEIGHTS_NAME
         )
         if model.config.transformer_dim:
             weights = {name: one.detach().cpu().clone() for name, one in layer_weights(model.llm).items()}
@@ -156,6 +156,12 @@ def save(model: InstructUEModel, folder: Path) -> None:
             model.llm.save_pretrained(  # type: ignore[operator]
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
             )
+
+
+def _compact(value: torch.Tensor) -> torch.Tensor:
+    """A copy, in half precision if that holds every value exactly; loading gives the same values either way."""
+    half = value.half()
+    return half if value.dtype == torch.float32 and torch.equal(half.float(), value) else value.clone()
 
 
 def load(

@@ -271,6 +271,8 @@ def _finish(
     model.config.trained = True
     model.config.trained_through = data.train.trained_through
     model.config.history_digest = data.history_digest
+    if settings.half_weights:
+        _round_to_half(model)
     version = model_version(model, config) if config else None
     with replacing(Path(result.out)) as scratch:
         model.save_pretrained(scratch)
@@ -340,3 +342,11 @@ def _last_values(history: list[dict[str, float]]) -> dict[str, float]:
     for line in history:
         last |= line
     return last
+
+
+@torch.no_grad()
+def _round_to_half(model: InstructUEModel) -> None:
+    """Rounds our weights to values that half precision holds; a saved model is then half as large."""
+    for value in model.own_state().values():
+        if bool((value.abs() < torch.finfo(torch.half).max).all()):
+            value.copy_(value.half().float())

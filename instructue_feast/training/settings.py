@@ -72,6 +72,7 @@ class TrainingSettings:
         data_name: What to call the data in the model card.
         data_terms: Terms of the data, for the model card.
         bf16: Run the LLM in bfloat16; our weights and LoRA's stay float32.
+        half_weights: Round our trained weights to half precision before they are saved, which halves the folder.
         seed: Seed of the initial weights, of sampling and of dropout.
         threads: Threads of the CPU; 0 leaves them as they are.
         loader_workers: Processes that prepare batches; the result does not depend on it.
@@ -131,6 +132,7 @@ class TrainingSettings:
     data_terms: str = ""
 
     bf16: bool = False
+    half_weights: bool = False
     seed: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     loader_workers: int = Field(default=0, ge=0)

@@ -52,6 +52,18 @@ def test_only_weights_of_ours_are_written(model, folder):
     assert [one.name for one in folder.parent.iterdir() if one.name.startswith(".")] == []
 
 
+def test_weights_that_half_precision_holds_are_stored_in_half_the_space(model, folder, tmp_path):
+    with torch.no_grad():
+        for value in model.own_state().values():
+            value.copy_(value.half().float())
+    model.save_pretrained(tmp_path / "small")
+    sizes = [(one / "model.safetensors").stat().st_size for one in (folder, tmp_path / "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = InstructUEModel.from_pretrained(tmp_path / "small")
+    assert loaded.weights_digest() == model.weights_digest()
+    assert {value.dtype for value in loaded.own_state().values()} == {torch.float32}
+
+
 def test_lora_travels_beside_them_and_merging_changes_nothing(model, tmp_path, encoder):
     plain = embed(model, encoder)
     digest = model.weights_digest()
