@@ -223,7 +223,7 @@ def _synthetic(project: _Project, as_of: str | None, options: SuiteOptions, json
     print_table(
         "AUC of an interest, linear probe",
         ["instruction", "auc", "low", "high"],
-        [[name, *(round(one, 4) for one in document[key].values())] for key, name in _RECOVERY_ROWS.items()],
+        [[name, *(f"{one:.4f}" for one in document[key].values())] for key, name in _RECOVERY_ROWS.items()],
     )
 
 

@@ -178,7 +178,13 @@ class UserEmbedder:
         if key not in self._prepared:
             if len(self._prepared) == _KEPT:
                 self._prepared.pop(next(iter(self._prepared)))
-            suffixes = tuple(self.model.suffix(one.text, soft_prompt=self._soft_prompt(one)) for one in instructions)
+            vectors = self.model.instruction_vectors([one.text for one in instructions])
+            suffixes = tuple(
+                self.model.suffix(
+                    one.text, soft_prompt=self._soft_prompt(one), vectors=tuple(own[row] for own in vectors)
+                )
+                for row, one in enumerate(instructions)
+            )
             similarity_NK = self._similarity([one.text for one in instructions])
             self._prepared[key] = _Prepared(suffixes, similarity_NK, self.model.instruction_states(suffixes))
         return self._prepared[key]

@@ -86,13 +86,17 @@ class NumericAdapter(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(variance.sqrt().clamp(min=1e-3))
 
+    def standardised(self, values_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised asinh values, 0 where one is missing, and where one is there."""
+        present = values_BC.isfinite()
+        scaled = (torch.asinh(values_BC.where(present, torch.zeros_like(values_BC))) - self.mean) / self.std
+        return scaled.where(present, torch.zeros_like(scaled)), present
+
     def forward(self, values_BC: torch.Tensor) -> torch.Tensor:
         """Soft tokens `[B, G, H]`."""
         if not self.groups:
             return values_BC.new_zeros(len(values_BC), 0, self.hidden)
-        present = values_BC.isfinite()
-        scaled = (torch.asinh(values_BC.where(present, torch.zeros_like(values_BC))) - self.mean) / self.std
-        scaled = scaled.where(present, torch.zeros_like(scaled))
+        scaled, present = self.standardised(values_BC)
         missing = (~present).to(scaled.dtype)
         tokens = [
             projection(torch.cat([scaled[:, group], missing[:, group]], dim=-1))

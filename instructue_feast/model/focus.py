@@ -1,7 +1,8 @@
 """The focus token: what of a user's history an instruction is about, before the LLM reads anything.
 
 An instruction's encoder vector attends over the user's texts; what it finds becomes one soft token of its suffix.
-Nothing in the shared prefix depends on the instruction, so the prefix stays shared.
+Nothing in the shared prefix depends on the instruction, so the prefix stays shared. Numbers are found by the names of
+their columns: an instruction about coupons looks at `redemptions_90d`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import nn
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.model.seeding import fill_normal, orthonormal
 
-# N = texts, D = encoder size, F = focus size, H = hidden size, B = users, L = most texts of a user, K = instructions
+# N = texts, D = encoder size, F = focus size, H = hidden size, B = users, L = most texts of a user, K = instructions,
+# C = numeric columns
 
 INITIAL_TEMPERATURE = 0.05
 _NUM_SCALARS = 4
@@ -121,3 +123,45 @@ class Focus(nn.Module):
         tokens_BKH = self.mix(torch.cat([*pooled, *scalars], dim=-1))
         has_texts_B11 = valid_BL.any(1)[:, None, None]
         return FocusResult(tokens=torch.where(has_texts_B11, tokens_BKH, self.nothing), weights=weights_BLK)
+
+
+class NumberFocus(nn.Module):
+    """What an instruction finds among the numbers: attention over columns, by learned keys that start at their names.
+
+    Args:
+        columns: C.
+        focus_dim: F.
+        hidden: H.
+    """
+
+    def __init__(self, columns: int, focus_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.zeros(columns, focus_dim))
+        self.scale = nn.Parameter(torch.zeros(columns, hidden))
+        self.offset = nn.Parameter(torch.zeros(columns, hidden))
+        self.missing = nn.Parameter(torch.zeros(columns, hidden))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+        self.mix = nn.Linear(hidden, hidden)
+
+    @torch.no_grad()
+    def initialise(self, keys_CF: torch.Tensor, rms: float, *, seed: int, name: str) -> None:
+        """Keys of the columns' names; each column a random direction, as long as the number is large."""
+        self.keys.copy_(keys_CF)
+        fill_normal(self.scale, rms, seed=seed, name=f"{name}.scale")
+        fill_normal(self.offset, rms / 2, seed=seed, name=f"{name}.offset")
+        fill_normal(self.missing, rms / 2, seed=seed, name=f"{name}.missing")
+        nn.init.eye_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, similarity_BKC: torch.Tensor, scaled_BC: torch.Tensor, present_BC: torch.Tensor) -> torch.Tensor:
+        """`[B, K, H]` to be added to focus tokens.
+
+        Args:
+            similarity_BKC: Similarity of instructions and columns.
+            scaled_BC: Standardised numbers; anything where one is missing.
+            present_BC: False where a number is missing.
+        """
+        weights_BKC = torch.softmax(similarity_BKC / self.log_temperature.exp(), dim=-1)
+        known_BCH = scaled_BC[:, :, None] * self.scale + self.offset
+        mixed: torch.Tensor = self.mix(weights_BKC @ torch.where(present_BC[:, :, None], known_BCH, self.missing))
+        return mixed

@@ -18,7 +18,7 @@ from instructue_feast.model import saving
 from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, SourceAdapter
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
-from instructue_feast.model.focus import Focus, FocusResult
+from instructue_feast.model.focus import Focus, FocusResult, NumberFocus
 from instructue_feast.model.instruction_states import InstructionStates, numbers_of, read_instructions
 from instructue_feast.model.layout import Ints, PackedPrompts
 from instructue_feast.model.passes import Prompts, run_in_line, run_in_two
@@ -75,6 +75,9 @@ class InstructUEModel(nn.Module):
         self.numeric = NumericAdapter([one for _, _, one in groups], len(config.numeric_columns or []), hidden)
         encoder_dims = [dims[name] for name in config.encoder_names]
         self.focus = Focus(encoder_dims, self.focus_dim, hidden)
+        columns = [self.encoder_index(source) for source, _, _ in config.numeric_columns or []]
+        self._columns_of_encoder = {one: np.flatnonzero(np.array(columns) == one).tolist() for one in set(columns)}
+        self.number_focus = NumberFocus(len(columns), self.focus_dim, hidden) if columns else None
         self.prompt = PromptTokens(
             len(sources),
             [sources.index(source) for source, _, _ in groups],
@@ -197,15 +200,31 @@ class InstructUEModel(nn.Module):
 
         An empty text gives a zero query: all similarities are equal, and the focus is the user's mean.
         """
-        blank = torch.tensor([not text for text in texts], device=self.device)[:, None]
-        queries = []
-        for index, name in enumerate(self.config.encoder_names):
-            vectors_KD = torch.from_numpy(self.text_encoder(name).encode(texts)).to(self.device)
-            queries.append(self.focus.query(index, vectors_KD).masked_fill(blank, 0.0))
-        return torch.stack(queries)
+        vectors = self.instruction_vectors(texts)
+        # No bias: the query of a zero vector is zero.
+        return torch.stack([self.focus.query(index, one.to(self.device)) for index, one in enumerate(vectors)])
 
-    def suffix(self, text: str, *, soft_prompt: torch.Tensor | None = None, answer_ids: Ints | None = None) -> Suffix:
+    def instruction_vectors(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """`[K, D]` vectors of instructions from each encoder; zero for an empty text."""
+        blank = torch.tensor([not text for text in texts])[:, None]
+        encoders = [self.text_encoder(name) for name in self.config.encoder_names]
+        return tuple(torch.from_numpy(one.encode(texts)).masked_fill(blank, 0.0) for one in encoders)
+
+    def suffix(
+        self,
+        text: str,
+        *,
+        soft_prompt: torch.Tensor | None = None,
+        answer_ids: Ints | None = None,
+        vectors: tuple[torch.Tensor, ...] | None = None,
+    ) -> Suffix:
         """The suffix of an instruction text.
+
+        Args:
+            text: The instruction.
+            soft_prompt: Tuned `[P, H]` vectors.
+            answer_ids: LLM tokens behind `<USER>`; training only.
+            vectors: `[D]` vector of the text from each encoder, if they are at hand.
 
         Raises:
             ConfigError: The soft prompt does not have the LLM's hidden size.
@@ -217,7 +236,9 @@ class InstructUEModel(nn.Module):
             )
         ids = self.word_ids(f"Instruction: {text}") if text else np.zeros(0, np.int64)
         answer = np.zeros(0, np.int64) if answer_ids is None else answer_ids
-        return Suffix(ids, None if soft_prompt is None else soft_prompt.to(self.device), answer)
+        if vectors is None:
+            vectors = tuple(one[0] for one in self.instruction_vectors([text]))
+        return Suffix(ids, None if soft_prompt is None else soft_prompt.to(self.device), answer, vectors)
 
     def prefix_lengths(self, batch_history: Any) -> Ints:
         """`[B]` tokens of each user's prefix."""
@@ -294,11 +315,10 @@ class InstructUEModel(nn.Module):
         states = states or self.instruction_states(one for own in suffixes for one in own)
         history = batch.history
         padded = self.prompt.pad(batch)
+        values_BC = torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device)
         focus = self._focus(padded, similarity_TK)
-        tokens_BKH = focus.tokens
-        if not self.config.focus_token:  # says nothing, but keeps its place
-            tokens_BKH = self.focus.nothing.expand_as(tokens_BKH)
-        numeric_BGH = self.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(self.device))
+        tokens_BKH = self._focus_tokens(focus, values_BC, suffixes)
+        numeric_BGH = self.numeric(values_BC)
         table_VH, prompts, first_text = self.prompt.assemble(
             batch,
             padded,
@@ -317,6 +337,32 @@ class InstructUEModel(nn.Module):
         users = torch.arange(len(history), device=self.device)[:, None]
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
         return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
+
+    def focus_tokens(
+        self, batch: UserBatch, suffixes: Sequence[Sequence[Suffix]], similarity_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B, K, H]` focus tokens, as `forward` puts them into the prompt."""
+        values_BC = torch.from_numpy(np.ascontiguousarray(batch.history.tabular_numeric)).to(self.device)
+        return self._focus_tokens(self._focus(self.prompt.pad(batch), similarity_TK), values_BC, suffixes)
+
+    def _focus_tokens(
+        self, focus: FocusResult, values_BC: torch.Tensor, suffixes: Sequence[Sequence[Suffix]]
+    ) -> torch.Tensor:
+        if not self.config.focus_token:  # says nothing, but keeps its place
+            return self.focus.nothing.expand_as(focus.tokens)
+        if self.number_focus is None or not focus.tokens.shape[1]:
+            return focus.tokens
+        distinct = {id(one.vectors): one.vectors for own in suffixes for one in own}
+        place = {key: number for number, key in enumerate(distinct)}
+        similarity_MC = values_BC.new_zeros(len(distinct), values_BC.shape[1])
+        for encoder, columns in self._columns_of_encoder.items():
+            vectors_MD = torch.stack([one[encoder] for one in distinct.values()]).to(self.device)
+            similarity_MC[:, columns] = self.focus.query(encoder, vectors_MD) @ self.number_focus.keys[columns].T
+        number_BK = torch.tensor([[place[id(one.vectors)] for one in own] for own in suffixes], device=self.device)
+        tokens: torch.Tensor = focus.tokens + self.number_focus(
+            similarity_MC[number_BK], *self.numeric.standardised(values_BC)
+        )
+        return tokens
 
     def _focus(self, padded: PaddedUsers, similarity_TK: torch.Tensor) -> FocusResult:
         similarity_BLK = similarity_TK.new_zeros(*padded.text_BL.shape, similarity_TK.shape[1])

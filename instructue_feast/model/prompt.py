@@ -61,11 +61,13 @@ class Suffix:
         token_ids: LLM tokens of `Instruction: <text>`, before the prefix; none for the general-purpose embedding.
         soft_prompt: Optional `[P, H]` tuned vectors behind the instruction's words.
         answer_ids: Optional LLM tokens behind `<USER>`; training only.
+        vectors: `[D]` vector of the instruction from each encoder, for the focus; zero for an empty one.
     """
 
     token_ids: Ints
     soft_prompt: torch.Tensor | None = None
     answer_ids: Ints = field(default_factory=lambda: _NO_TOKENS)
+    vectors: tuple[torch.Tensor, ...] = ()
 
     def __len__(self) -> int:
         """Tokens each user pays."""

@@ -13,6 +13,7 @@ from instructue_feast.history.pack import PackedHistory
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.model.prompt import Suffix
 from instructue_feast.training.plan import Ints, Sampler
+from instructue_feast.training.vectors import TextVectors
 from instructue_feast.user_qa.dataset import UserQA
 
 # B = users of this process, G = users of all processes, K = questions per user, A = answers of the pass,
@@ -66,14 +67,26 @@ class Passes(Dataset[TrainingBatch]):
         length: Number of passes.
         rank: This process; it takes every `world`-th user.
         world: Number of processes.
+        vectors: Vectors of the sampler's wordings, if they are at hand.
     """
 
     def __init__(
-        self, model: InstructUEModel, data: UserQA, sampler: Sampler, length: int, *, rank: int = 0, world: int = 1
+        self,
+        model: InstructUEModel,
+        data: UserQA,
+        sampler: Sampler,
+        length: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        vectors: TextVectors | None = None,
     ) -> None:
         self._data, self._sampler, self._length = data, sampler, length
         self._rank, self._world = rank, world
-        self._suffixes = [model.suffix(text) for text in sampler.wordings]
+        known = model.instruction_vectors(sampler.wordings) if vectors is None else vectors.wordings
+        self._suffixes = [
+            model.suffix(text, vectors=tuple(one[row] for one in known)) for row, text in enumerate(sampler.wordings)
+        ]
         self._tokens = [model.answer_ids(text) for text in data.answers]
         texts = {text: index for index, text in enumerate(dict.fromkeys(data.answers))}
         self._text_of_answer = np.array([texts[one] for one in data.answers], np.int64)

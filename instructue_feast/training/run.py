@@ -230,7 +230,8 @@ def train(
     learner = Learner(model, TextVectors.encode(model, data.phrasebook, sampler.wordings), settings)
     if settings.gradient_checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    passes = Passes(model, data.train, sampler, settings.steps * settings.gradient_accumulation, rank=rank, world=world)
+    length = settings.steps * settings.gradient_accumulation
+    passes = Passes(model, data.train, sampler, length, rank=rank, world=world, vectors=learner.vectors)
     probes = make_probes(data.train, data.held_out, sampler.question_indices, settings)
     trainer = UserQATrainer(
         learner,

@@ -123,6 +123,7 @@ class UserPrefixes:
     def focus_tokens(self, text: str) -> torch.Tensor:
         """`[U, H]` focus token of each user for an instruction."""
         model = self.model
+        suffix = model.suffix(text)
         queries_EF = model.focus_queries([text])[:, 0]
         encoder_of = torch.tensor([model.encoder_index(one) for one in model.config.sources or []])
         tokens_UH = torch.empty(len(self), model.config.hidden_size, device=model.device)
@@ -131,10 +132,8 @@ class UserPrefixes:
             rows = torch.from_numpy(self.table.rows(part.text_id))
             query_TF = queries_EF[encoder_of[torch.from_numpy(part.source_index).long()]]
             similarity_T1 = (self.table.focus_keys[rows].to(model.device) * query_TF).sum(-1, keepdim=True)
-            found = model._focus(model.prompt.pad(self._batch(part)), similarity_T1).tokens[:, 0]
-            if not model.config.focus_token:
-                found = model.focus.nothing.expand_as(found)
-            tokens_UH[torch.from_numpy(users).to(model.device)] = found
+            found = model.focus_tokens(self._batch(part), [[suffix]] * len(part), similarity_T1)
+            tokens_UH[torch.from_numpy(users).to(model.device)] = found[:, 0]
         return tokens_UH
 
 
