@@ -9,37 +9,26 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from instructue_feast.cli.ablation_judges import EVALUATION_SEED, Judge, Suite, make_judge
 from instructue_feast.cli.ablation_report import SHOWN, VALIDATION, ablation_document, markdown, write_picture
-from instructue_feast.cli.ablation_rows import BASELINE, AblationFolder, AblationRow, TaskScores, write_text
+from instructue_feast.cli.ablation_rows import BASELINE, AblationFolder, AblationRow, write_text
 from instructue_feast.cli.console import DEFAULT_CONFIG, ConfigOption, JsonOption, err, out, print_json, print_table
 from instructue_feast.cli.project import Project
 from instructue_feast.config import InstructueConfig
-from instructue_feast.errors import ConfigError, LeakageError, MissingDependencyError, VersionMismatchError
+from instructue_feast.errors import ConfigError, MissingDependencyError, VersionMismatchError
 
 if TYPE_CHECKING:
-    from instructue_feast.history.pack import PackedHistory
     from instructue_feast.model.modeling import InstructUEModel
     from instructue_feast.training.ablations import Variant
     from instructue_feast.training.run import TrainingData
     from instructue_feast.training.settings import TrainingSettings
 
 DEFAULT_FOLDER = Path("build/ablations")
-EVALUATION_SEED = 0
-"""Of folds and draws: the same whatever the seed of the training, so that differences are paired."""
-
-
-class Suite(StrEnum):
-    """What variants are measured by."""
-
-    complete_journey = "complete-journey"
-    validation = "validation"
 
 
 def ablate(
@@ -82,7 +71,7 @@ def ablate(
     if qa_id is None:
         raise ConfigError("--qa is missing", "name the data set that `instructue qa` built")
     data = load_training_data(project.config, qa_id)
-    judge = _judge(project, suite, data, base, _names(tasks), jobs or os.cpu_count() or 1)
+    judge = make_judge(project, suite, data, base, _names(tasks), jobs or os.cpu_count() or 1)
     table = _Table(project.config, data, base, plan, judge, folder, quiet=as_json)
     table.skipped = [one.name for one in same]
     table.open(resume=resume)
@@ -95,139 +84,6 @@ def ablate(
         return
     _print(document)
     out.print(f"The table: {folder / 'ablations.md'}", soft_wrap=True)
-
-
-class _Judge(Protocol):
-    """What measures a trained model."""
-
-    suite: Suite
-
-    def identity(self) -> dict[str, Any]:
-        """What its figures depend on, besides the model."""
-
-    def unseen(self) -> list[int]:
-        """Tasks whose subject is never trained on."""
-
-    def baseline(self) -> TaskScores:
-        """Scores that no variant changes."""
-
-    def scores(self, model: InstructUEModel, variant: Variant) -> TaskScores:
-        """Scores of a model."""
-
-
-class _Validation:
-    """Nothing but what training measures by itself, on users, wordings and subjects that it keeps aside."""
-
-    suite = Suite.validation
-
-    def __init__(self, data: TrainingData, base: TrainingSettings) -> None:
-        from instructue_feast.training.validation import split_rows
-
-        if not len(split_rows(data.train, base.validation_fraction)[1]):
-            raise ConfigError(
-                "no user is held out, so there is nothing to measure variants by", "raise validation_fraction"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def unseen(self) -> list[int]:
-        return []
-
-    def baseline(self) -> TaskScores:
-        return []
-
-    def scores(self, model: InstructUEModel, variant: Variant) -> TaskScores:
-        del model, variant
-        return []
-
-
-class _Journey:
-    """The Complete Journey suite, our rows only. Labels, histories and text vectors are the same for all variants."""
-
-    suite = Suite.complete_journey
-
-    def __init__(self, project: Project, names: tuple[str, ...] | None, jobs: int) -> None:
-        from instructue_feast.evaluation.extracts import read_extract, users_in_order
-        from instructue_feast.evaluation.journey import read_journey
-        from instructue_feast.evaluation.journey_tasks import CUT, journey_tasks
-
-        self._config, self._jobs = project.config, jobs
-        self._journey = read_journey(project.config)
-        self._labelled = journey_tasks(self._journey, project.config).select(names)
-        history, self._book = read_extract(project.config, project.extract(CUT))
-        self._history: PackedHistory = users_in_order(history, self._labelled.user_ids)
-        self._vectors: dict[str, Any] = {}
-
-    def identity(self) -> dict[str, Any]:
-        return {"tasks": [one.name for one in self._labelled.tasks], "users": len(self._labelled.user_ids)}
-
-    def unseen(self) -> list[int]:
-        return [row for row, task in enumerate(self._labelled.tasks) if task.unseen]
-
-    def baseline(self) -> TaskScores:
-        from instructue_feast.evaluation.journey import seconds
-        from instructue_feast.evaluation.journey_features import hand_features
-        from instructue_feast.evaluation.journey_tasks import CUT
-        from instructue_feast.evaluation.scoring import RowInput
-
-        past = self._journey.named(self._labelled.user_ids).between(0, seconds(CUT))
-        row = RowInput(method="trees", features=hand_features(past, seconds(CUT)).values)
-        return self._score([{"gbdt": row} for _ in self._labelled.tasks])
-
-    def scores(self, model: InstructUEModel, variant: Variant) -> TaskScores:
-        import numpy as np
-
-        from instructue_feast.evaluation.ours import TaskEncoder, derangement, encode_texts
-        from instructue_feast.evaluation.scoring import RowInput
-
-        self._vectors = self._vectors or encode_texts(model, self._book)
-        encoder = TaskEncoder(model, self._book, self._vectors, self._config.model.max_batch_tokens)
-        tasks = self._labelled.tasks
-        found = encoder.embed(variant.history(self._history, self._config), tasks, paraphrased=False)
-        inputs: list[dict[str, RowInput]] = [{} for _ in tasks]
-        for name, features in found.rows(derangement(tasks)).items():
-            for row, own in enumerate(features):
-                if own is not None and name in SHOWN:
-                    inputs[row][name] = RowInput(method="linear", features=own)
-        for row, score_U in enumerate(found.zero_shot_TU):
-            if np.isfinite(score_U).all():
-                inputs[row]["ours_zeroshot"] = RowInput(method="score", features=score_U[:, None])
-        return self._score(inputs)
-
-    def _score(self, inputs: list[Any]) -> TaskScores:
-        from instructue_feast.evaluation.scoring import score_tasks
-
-        return score_tasks(inputs, list(self._labelled.labels), seed=EVALUATION_SEED, jobs=self._jobs)
-
-
-def _judge(
-    project: Project,
-    suite: Suite | None,
-    data: TrainingData,
-    base: TrainingSettings,
-    tasks: tuple[str, ...] | None,
-    jobs: int,
-) -> _Judge:
-    """The suite asked for; without a word, that of The Complete Journey where the project is of it."""
-    from instructue_feast.evaluation.journey import read_journey
-    from instructue_feast.evaluation.journey_tasks import CUT
-
-    if suite is None:
-        try:
-            read_journey(project.config)
-            suite = Suite.complete_journey
-        except ConfigError:
-            suite = Suite.validation
-    if suite is Suite.validation:
-        return _Validation(data, base)
-    if datetime.fromisoformat(data.train.trained_through) > CUT:
-        raise LeakageError(
-            f"data set {data.qa_id} knows of events up to {data.train.trained_through}, the suite begins at "
-            f"{CUT.isoformat()}",
-            f"build one with `instructue qa --cut {CUT:%Y-%m-%d}`",
-        )
-    return _Journey(project, tasks, jobs)
 
 
 class _Table:
@@ -249,7 +105,7 @@ class _Table:
         data: TrainingData,
         base: TrainingSettings,
         plan: Sequence[Variant],
-        judge: _Judge,
+        judge: Judge,
         folder: Path,
         *,
         quiet: bool,
@@ -275,6 +131,7 @@ class _Table:
             "llm": folder_digest(resolve_folder(model.llm, kind="LLM")),
             "encoders": [describe_encoder(name).version for name in encoders],
             "embedding_dim": model.embedding_dim,
+            "dtype": model.dtype,
             **self._judge.identity(),
         }
         self._folder.open(identity, resume=resume)

@@ -270,6 +270,7 @@ _SPECS = (
         paraphrase="Does this household reach for private label rather than national brands?",
         answers=("Yes, this shopper buys the store's own brand.", "No, this shopper buys national brands."),
         rule=_private_brand,
+        positive="last",
     ),
     _Spec(
         name="large_baskets",
@@ -318,6 +319,7 @@ _SPECS = (
         paraphrase="Do displays and mailers decide what this household puts in the basket?",
         answers=("Yes, this shopper buys what is promoted.", "No, this shopper ignores promotions."),
         rule=_promoted,
+        positive="last",
     ),
     _Spec(
         name="deep_discount",
@@ -327,5 +329,6 @@ _SPECS = (
         paraphrase="Does this household wait for reduced prices?",
         answers=("Yes, this shopper buys at a discount.", "No, this shopper pays the full price."),
         rule=_discounted,
+        positive="last",
     ),
 )

@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from instructue_feast.cli import ablate
+from instructue_feast.cli import ablation_judges
 from instructue_feast.cli.main import main
 from instructue_feast.config import load_config
 from instructue_feast.evaluation import journey as journey_module
+from instructue_feast.training import run as training_run
 from tests.evaluation.small import random_journey, small_book, small_history, write_extract
 from tests.training.test_train_command import SMALL, config  # noqa: F401
 
@@ -65,15 +66,17 @@ def test_the_table_of_a_suite_has_paired_differences_with_intervals(config, jour
 
 def test_an_interrupted_table_goes_on_with_what_is_missing(config, tmp_path, capsys, monkeypatch):  # noqa: F811
     folder, variants = tmp_path / "table", ("--variants", "no_focus_token")
-    measured = ablate._Validation.scores
-    monkeypatch.setattr(ablate._Validation, "scores", lambda self, model, variant: _interrupt(variant, self, measured))
+    measured = ablation_judges.ValidationJudge.scores
+    monkeypatch.setattr(
+        ablation_judges.ValidationJudge, "scores", lambda self, model, variant: _interrupt(variant, self, measured)
+    )
     assert command(config, folder, *variants) == 130
     assert [row["variant"] for row in read(folder)["rows"]] == ["full"]
     assert read(folder)["missing"] == ["no_focus_token"]
     rows = {one.name: one.stat().st_mtime_ns for one in (folder / "rows").glob("full*")}
     model = (folder / "models" / "no_focus_token-seed0" / "model.safetensors").stat().st_mtime_ns
 
-    monkeypatch.setattr(ablate._Validation, "scores", measured)
+    monkeypatch.setattr(ablation_judges.ValidationJudge, "scores", measured)
     assert command(config, folder, *variants) == 2
     assert "go on with --resume" in capsys.readouterr().err
     assert command(config, folder, *variants, "--resume", learning_rate=0.5) == 5
@@ -96,6 +99,28 @@ def _interrupt(variant, judge, measured):
     if variant.name != "full":
         raise KeyboardInterrupt
     return measured(judge, None, variant)
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(config, tmp_path, monkeypatch):  # noqa: F811
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert command(config, whole, "--variants", "full") == 0
+    train, resumed = training_run.train, []
+
+    def stopped(*arguments, resume, **keywords):
+        train(*arguments, resume=resume, stop_after=1, **keywords)
+        raise KeyboardInterrupt
+
+    def watched(*arguments, resume, **keywords):
+        resumed.append(resume)
+        return train(*arguments, resume=resume, **keywords)
+
+    monkeypatch.setattr(training_run, "train", stopped)
+    assert command(config, halves, "--variants", "full") == 130
+    monkeypatch.setattr(training_run, "train", watched)
+    assert command(config, halves, "--variants", "full", "--resume") == 0
+    assert resumed == [True]
+    digests = [json.loads((one / "models/full-seed0/training.json").read_text()) for one in (whole, halves)]
+    assert digests[0]["weights_digest"] == digests[1]["weights_digest"]
 
 
 def test_the_same_command_gives_the_same_figures(config, tmp_path):  # noqa: F811
