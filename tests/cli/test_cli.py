@@ -10,8 +10,8 @@ from instructue_feast.cli.main import main
 from instructue_feast.errors import DataError, InstructueError
 
 COMMANDS = [
-    "doctor", "extract", "qa", "train", "tune-instruction", "eval", "ablate", "backfill", "publish", "materialize", "get",
-    "explain", "demo",
+    "doctor", "extract", "qa", "train", "tune-instruction", "eval", "ablate", "explain",
+    "backfill", "publish", "materialize", "get", "demo",
 ]  # fmt: skip
 
 
