@@ -10,12 +10,15 @@ answer, the direction is that vector: a text scores high when it speaks for the 
 
 `leave_one_out` computes this as written, with one pass per text. `gates` and `path` estimate it from gradients: a gate
 on each text fades it from focus, summaries and attention (`UserBatch.gate_T`), and the slope at the open gate is the
-first order of the difference.
+first order of the difference. Where a model reads only the newest texts of a source, leaving one of them out lets an
+older one in, which no gate sees. It is much the same whichever is left out, so it is measured exactly on one text of
+the source and added to all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +33,9 @@ from instructue_feast.errors import ConfigError, DataError, did_you_mean
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
-from instructue_feast.model.layout import token_budget_batches
+from instructue_feast.model.layout import Ints, token_budget_batches
 
-# U = users, B = users of a batch, T = texts of all its users, L = most texts of a user, E = embedding size
+# U = users, B = users of a batch, T = texts of all its users, L = texts of a user, A = anchors, E = embedding size
 
 Floats = npt.NDArray[np.float32]
 Method = Literal["gates", "path", "leave_one_out", "focus"]
@@ -104,7 +107,9 @@ def explain(
         else:
             gates = PATH_GATES if method == "path" else PATH_GATES[:1]
             slopes = [_slopes(embedder, history, instruction, directions_UE, gate) for gate in gates]
-            scores_T = np.mean(slopes, axis=0, dtype=np.float32)
+            scores_T = _refilled(
+                embedder, history, instruction, directions_UE, np.mean(slopes, axis=0, dtype=np.float32)
+            )
     return [
         Attribution(history.text_id[start:end], scores_T[start:end], weights_T[start:end])
         for start, end in zip(history.offsets[:-1], history.offsets[1:], strict=True)
@@ -119,9 +124,16 @@ def without_texts(history: PackedHistory) -> PackedHistory:
 def without_each_text(history: PackedHistory, user: int) -> PackedHistory:
     """One user as often as there are texts, each time without one of them."""
     length = int(history.num_tokens[user])
-    copies = history.take(np.full(length, user))
-    kept = _keeping(copies, ~np.eye(length, dtype=bool).ravel())
-    return dataclasses.replace(kept, user_ids=[f"{place:09d}" for place in range(length)])
+    return without_one(history, np.full(length, user), np.arange(length))
+
+
+def without_one(history: PackedHistory, users: Ints, places: Ints) -> PackedHistory:
+    """Users by position, any of them several times, each without its text at a place."""
+    copies = history.take(users)
+    keep_T = np.ones(len(copies.text_id), bool)
+    keep_T[copies.offsets[:-1] + places] = False
+    kept = _keeping(copies, keep_T)
+    return dataclasses.replace(kept, user_ids=[f"{place:09d}" for place in range(len(users))])
 
 
 def _keeping(history: PackedHistory, keep_T: npt.NDArray[np.bool_]) -> PackedHistory:
@@ -157,6 +169,37 @@ def _leave_one_out(
             left_LE = embedder.encode(without_each_text(history, user), [instruction])[:, 0]
             parts.append((whole_UE[user] - left_LE) @ direction_E)
     return np.concatenate(parts)
+
+
+def _refilled(
+    embedder: UserEmbedder,
+    history: PackedHistory,
+    instruction: Instruction,
+    directions_UE: Floats,
+    slopes_T: Floats,
+) -> Floats:
+    """Adds what an older text does that moves up into the prompt: one exact difference per user and full source."""
+    anchors = list(_full_sources(history, embedder.model.config.prompt_texts))
+    if not anchors:
+        return slopes_T
+    users = np.array([user for user, _ in anchors])
+    middle = np.array([shown_T[len(shown_T) // 2] for _, shown_T in anchors])
+    whole_UE = embedder.encode(history, [instruction])[:, 0]
+    left_AE = embedder.encode(without_one(history, users, middle - history.offsets[users]), [instruction])[:, 0]
+    exact_A = ((whole_UE[users] - left_AE) * directions_UE[users]).sum(-1)
+    scores_T = slopes_T.copy()
+    for (_, shown_T), anchor, exact in zip(anchors, middle, exact_A, strict=True):
+        scores_T[shown_T] += exact - slopes_T[anchor]
+    return scores_T
+
+
+def _full_sources(history: PackedHistory, limit: int) -> Iterator[tuple[int, Ints]]:
+    """Users and the texts that stand in the prompt, of each source that has more of them."""
+    for user, (start, end) in enumerate(itertools.pairwise(history.offsets)):
+        for source in np.unique(history.source_index[start:end]) if limit else ():
+            members = start + np.flatnonzero(history.source_index[start:end] == source)
+            if len(members) > limit:
+                yield user, members[-limit:]
 
 
 def _slopes(

@@ -54,6 +54,23 @@ def test_the_estimate_ranks_texts_as_leaving_them_out_does(embedder):
         assert np.mean(agreement) > least, method
 
 
+def test_an_older_text_that_moves_up_into_the_prompt_is_counted(llm, encoder):
+    model = make_model(llm, encoder, prompt_texts=4)
+    embedder = UserEmbedder(model, make_table(model, encoder))
+    exact = explain(embedder, HISTORY, CHURN, method="leave_one_out")
+    fast = explain(embedder, HISTORY, CHURN)
+    without = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("instructue_feast.inference.explain._full_sources", lambda *_: iter(()))
+        without = explain(embedder, HISTORY, CHURN)
+    for user in (0, 2, 5):
+        errors = [np.abs(one[user].scores - exact[user].scores).mean() for one in (fast, without)]
+        assert errors[0] < errors[1]
+        assert spearmanr(fast[user].scores, exact[user].scores).statistic > 0.6
+    for user in (3, 4):  # nothing to move up
+        np.testing.assert_array_equal(fast[user].scores, without[user].scores)
+
+
 def test_a_target_is_what_the_scores_speak_for(embedder):
     user = HISTORY.take([0])
     target = np.random.default_rng(0).normal(size=embedder.embedding_dim).astype(np.float32)
