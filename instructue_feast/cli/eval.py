@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from instructue_feast.cli.console import DEFAULT_CONFIG, err, out, print_table
-from instructue_feast.cli.extract import log_file
 from instructue_feast.cli.jobs import StageDisplay, run_job
-from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.cli.project import Project, Steps
 from instructue_feast.errors import ConfigError, StorageError
 from instructue_feast.instructions import Instruction
 from instructue_feast.runs.manifest import parse_as_of
@@ -26,7 +22,6 @@ from instructue_feast.runs.manifest import parse_as_of
 if TYPE_CHECKING:
     from instructue_feast.evaluation.suite import SuiteOptions
     from instructue_feast.evaluation.tasks import Task
-    from instructue_feast.model.modeling import InstructUEModel
 
 SYNTHETIC_USERS = 2_000
 SYNTHETIC_END = "2025-06-01T00:00:00Z"
@@ -56,7 +51,9 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Where the figures go; .md and .png beside.")] = None,
     rows: Annotated[str | None, typer.Option(help="Rows to compute, with commas between; default: all.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas between; default: all.")] = None,
-    soft_prompts: Annotated[Path | None, typer.Option(help="Folder of <task>.safetensors, for ours_fewshot.")] = None,
+    soft_prompts: Annotated[
+        Path | None, typer.Option(help="Folder of <task>.safetensors, for ours_fewshot; default: the model's.")
+    ] = None,
     noise: Annotated[bool, typer.Option(help="Measure the same with irrelevant events added.")] = True,
     task: Annotated[str | None, typer.Option(help="Name of a task of your own.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Its instruction.")] = None,
@@ -83,6 +80,7 @@ def evaluate(
     from instructue_feast.evaluation.suite import SuiteOptions
     from instructue_feast.evaluation.tasks import Task
 
+    compute: Literal["float32", "bfloat16"] | None = None if dtype is None else dtype.value
     options = SuiteOptions(
         rows=_names(rows), tasks=_names(tasks), seed=seed, jobs=jobs or os.cpu_count() or 1, allow_leakage=allow_leakage
     )
@@ -96,56 +94,17 @@ def evaluate(
         Instruction("task", instruction)  # refuses prompt markup before anything slow starts
         answers = (yes, no) if yes and no else ()
         own_task = Task(name=task, family="custom", subject=task, instruction=instruction, answers=answers, unseen=True)
-        project = _Project.of(config or DEFAULT_CONFIG, model, dtype)
+        project = Project.open(config or DEFAULT_CONFIG, model, compute)
         _custom(project, as_of, own_task, labels, options, json_path)
     elif suite is Suite.complete_journey:
-        project = _Project.of(config or _journey_project(json_path.parent), model, dtype)
+        project = Project.open(config or _journey_project(json_path.parent), model, compute)
         _complete_journey(project, options, soft_prompts, json_path)
     else:
-        project = _Project.of(config or _synthetic_project(json_path.parent), model, dtype)
+        project = Project.open(config or _synthetic_project(json_path.parent), model, compute)
         _synthetic(project, as_of, options, json_path)
 
 
-@dataclass(frozen=True, slots=True)
-class _Project:
-    """A project and the file it was read from."""
-
-    file: str
-    config: InstructueConfig
-
-    @classmethod
-    def of(cls, file: str, model: str | None, dtype: Dtype | None) -> _Project:
-        """Reads it, with another model or compute type where asked for."""
-        config = load_config(file)
-        settings = config.model
-        if dtype is not None:
-            settings = dataclasses.replace(settings, dtype=dtype.value)
-        if model is not None:
-            settings = dataclasses.replace(settings, path=str(Path(model).resolve()))
-        return cls(file, dataclasses.replace(config, model=settings))
-
-    def load_model(self) -> InstructUEModel:
-        """The model, checked against the project; a trained one with LoRA merged, as it is served."""
-        from instructue_feast.model.factory import load_model
-        from instructue_feast.model.modeling import InstructUEModel
-
-        model = load_model(self.config)
-        path = self.config.model.path
-        return model if path is None else InstructUEModel.from_pretrained(path, dtype=model.llm_dtype, merge_lora=True)
-
-    def extract(self, as_of: datetime) -> str:
-        """A finished extract at `as_of`: one that is there, or a new one."""
-        from instructue_feast.evaluation.extracts import find_extract
-
-        found = find_extract(self.config, as_of)
-        if found is not None:
-            return found
-        arguments = ["--config", self.file, "--as-of", as_of.isoformat()]
-        result = run_job("instructue_spark.extract", arguments, log=log_file(self.config.output.path, "extract"))
-        return str(result.value["extract_id"])
-
-
-def _complete_journey(project: _Project, options: SuiteOptions, soft_prompts: Path | None, json_path: Path) -> None:
+def _complete_journey(project: Project, options: SuiteOptions, soft_prompts: Path | None, json_path: Path) -> None:
     from instructue_feast.evaluation.document import suite_document
     from instructue_feast.evaluation.extracts import read_extract
     from instructue_feast.evaluation.journey import read_journey
@@ -154,17 +113,20 @@ def _complete_journey(project: _Project, options: SuiteOptions, soft_prompts: Pa
     from instructue_feast.evaluation.plots import write_plots
     from instructue_feast.evaluation.report import markdown
     from instructue_feast.evaluation.suite import run_journey_suite
+    from instructue_feast.inference.soft_prompts import FOLDER
 
     config = project.config
     journey = read_journey(config)
     tasks = journey_tasks(journey, config).select(options.tasks).tasks  # refuses an unknown name before Spark starts
+    if soft_prompts is None and config.model.path is not None and (own := Path(config.model.path) / FOLDER).is_dir():
+        soft_prompts = own
     if soft_prompts is not None:
         options = dataclasses.replace(options, soft_prompts=load_soft_prompts(soft_prompts, tasks))
     model = project.load_model()
     history, book = read_extract(config, project.extract(CUT))
     options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
     with StageDisplay() as display:
-        result = run_journey_suite(config, journey, model, history, book, options, _Steps(display).report)
+        result = run_journey_suite(config, journey, model, history, book, options, Steps(display).report)
     data = "The Complete Journey (84.51°, 2017), cut at 2017-10-01."
     document = suite_document(result, model, options, suite=Suite.complete_journey.value, data=data)
     _write(document, json_path, markdown, write_plots)
@@ -172,7 +134,7 @@ def _complete_journey(project: _Project, options: SuiteOptions, soft_prompts: Pa
 
 
 def _custom(
-    project: _Project,
+    project: Project,
     as_of: str | None,
     task: Task,
     labels: Path,
@@ -195,14 +157,14 @@ def _custom(
     model = project.load_model()
     options = dataclasses.replace(options, noise=(), max_batch_tokens=config.model.max_batch_tokens)
     with StageDisplay() as display:
-        result = run_custom_task(config, model, history, book, found, task, options, _Steps(display).report)
+        result = run_custom_task(config, model, history, book, found, task, options, Steps(display).report)
     data = f"Project {config.project}, extract {extract_id}."
     document = suite_document(result, model, options, suite=f"task {task.name}", data=data)
     _write(document, json_path, markdown, write_plots)
     _print_means(document)
 
 
-def _synthetic(project: _Project, as_of: str | None, options: SuiteOptions, json_path: Path) -> None:
+def _synthetic(project: Project, as_of: str | None, options: SuiteOptions, json_path: Path) -> None:
     from instructue_feast.evaluation.document import recovery_document
     from instructue_feast.evaluation.extracts import read_extract
     from instructue_feast.evaluation.plots import write_recovery_plot
@@ -217,7 +179,7 @@ def _synthetic(project: _Project, as_of: str | None, options: SuiteOptions, json
     history, book = read_extract(config, project.extract(parse_as_of(as_of or SYNTHETIC_END)))
     options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
     with StageDisplay() as display:
-        found, seconds = run_recovery(config, model, history, book, truth, options, _Steps(display).report)
+        found, seconds = run_recovery(config, model, history, book, truth, options, Steps(display).report)
     document = recovery_document(found, model, options, users=len(truth.user_ids), seconds=seconds)
     _write(document, json_path, recovery_markdown, write_recovery_plot)
     print_table(
@@ -251,26 +213,6 @@ def _synthetic_project(folder: Path) -> str:
         run_job("instructue_spark.synthetic", arguments, log=root / "logs" / "synthetic.log")
         write_project(root, "synthetic")
     return str(root / "instructue.yaml")
-
-
-class _Steps:
-    """Shows the steps of an evaluation as stages."""
-
-    def __init__(self, display: StageDisplay) -> None:
-        self._display = display
-        self._started: dict[str, float] = {}
-
-    def report(self, name: str, done: int, total: int) -> None:
-        """Takes what `OnStep` is called with."""
-        if name not in self._started:
-            self._started[name] = time.monotonic()
-            self._display.show({"event": "stage_started", "name": name})
-        self._display.show({"event": "progress", "name": name, "done": done, "total": total})
-        if done == total:
-            seconds = time.monotonic() - self._started.pop(name)
-            self._display.show(
-                {"event": "stage_done", "name": name, "seconds": seconds, "rows_in": total, "rows_out": done}
-            )
 
 
 def _write(

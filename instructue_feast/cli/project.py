@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from instructue_feast.cli.extract import log_file
 from instructue_feast.cli.jobs import StageDisplay, run_job
@@ -31,13 +32,15 @@ class Project:
     config: InstructueConfig
 
     @classmethod
-    def open(cls, file: str, model: str | None = None) -> Project:
-        """Reads it, with another model where asked for."""
+    def open(cls, file: str, model: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None) -> Project:
+        """Reads it, with another model or compute type where asked for."""
         config = load_config(file)
+        settings = config.model
         if model is not None:
-            settings = dataclasses.replace(config.model, path=str(Path(model).resolve()))
-            config = dataclasses.replace(config, model=settings)
-        return cls(file, config)
+            settings = dataclasses.replace(settings, path=str(Path(model).resolve()))
+        if dtype is not None:
+            settings = dataclasses.replace(settings, dtype=dtype)
+        return cls(file, dataclasses.replace(config, model=settings))
 
     def words(self, instruction_id: str) -> Instruction:
         """A declared instruction without its soft prompt.
@@ -125,19 +128,19 @@ class Steps:
 
     def of(self, name: str) -> Callable[[int, int], None]:
         """A callback for what is done of a step, and of how much."""
+        return partial(self.report, name)
 
-        def report(done: int, total: int) -> None:
-            if name not in self._started:
-                self._started[name] = time.monotonic()
-                self._display.show({"event": "stage_started", "name": name})
-            self._display.show({"event": "progress", "name": name, "done": done, "total": total})
-            if done == total:
-                seconds = time.monotonic() - self._started.pop(name)
-                self._display.show(
-                    {"event": "stage_done", "name": name, "seconds": seconds, "rows_in": total, "rows_out": done}
-                )
-
-        return report
+    def report(self, name: str, done: int, total: int) -> None:
+        """Shows what is done of a step, and of how much."""
+        if name not in self._started:
+            self._started[name] = time.monotonic()
+            self._display.show({"event": "stage_started", "name": name})
+        self._display.show({"event": "progress", "name": name, "done": done, "total": total})
+        if done == total:
+            seconds = time.monotonic() - self._started.pop(name)
+            self._display.show(
+                {"event": "stage_done", "name": name, "seconds": seconds, "rows_in": total, "rows_out": done}
+            )
 
 
 def soft_tokens_of(model: InstructUEModel, book: Phrasebook, history: PackedHistory) -> SoftTokenTable:

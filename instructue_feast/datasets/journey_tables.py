@@ -53,7 +53,7 @@ class Journey:
     Attributes:
         data: Folder of the package's Parquet files.
         households: Ascending household ids.
-        lines: Their purchase lines with the product's attributes, in the order of the file; the raw table `bill`.
+        lines: Their purchase lines with the product's attributes, in the order of the file.
         products: All products, ascending by id, text columns dictionary-encoded.
     """
 
@@ -81,14 +81,19 @@ class Journey:
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
         """Yields each raw table with its name."""
         yield "users", pa.table({"household_id": self.households})
-        yield "bill", self.lines
+        promoted, placement = self._promoted_lines()
+        yield "bill", self.bill(promoted)
         yield "mini_program", self.mini_program()
-        spm = self.spm()
+        spm = self.spm(promoted, placement)
         yield "spm", spm
         app, search = self.app(), self.search()
         yield "app", app
         yield "search", search
         yield "tabular", self.tabular(spm, app, search)
+
+    def bill(self, promoted: Int) -> pa.Table:
+        """Purchase lines, and whether each is among the positions of promoted ones."""
+        return self.lines.append_column("promoted", pa.array(np.isin(np.arange(self.lines.num_rows), promoted)))
 
     def mini_program(self) -> pa.Table:
         """Store visits: one row per basket and department, with the number of different products bought there.
@@ -102,17 +107,21 @@ class Journey:
         visits = visits.rename_columns({"purchased_at": "visited_at", "count_all": "items"})
         return visits.sort_by([("basket_id", "ascending"), ("department", "ascending")])
 
-    def spm(self) -> pa.Table:
-        """Purchase lines whose product was on display in that store, or in its mailer, in that week."""
+    def spm(self, promoted: Int, placement: pa.Array) -> pa.Table:
+        """Purchase lines whose product was on display in that store, or in its mailer, in that week, and where."""
+        columns = [
+            "household_id", "basket_id", "product_id", "store_id", "purchased_at", "department", "product_category"
+        ]  # fmt: skip
+        seen = self.lines.select(columns).take(pa.array(promoted))
+        return seen.rename_columns({"purchased_at": "seen_at"}).append_column("placement", placement)
+
+    def _promoted_lines(self) -> tuple[Int, pa.Array]:
+        """Positions in `lines` of what was promoted, and in which words."""
         wanted = _promotion_key(self.lines["product_id"], self.lines["store_id"], self.lines["week"])
         key, placement = self._promotions(wanted)
         position = np.searchsorted(key, wanted)
         hit = np.flatnonzero(_take(key, position) == wanted)
-        seen = self.lines.select(
-            ["household_id", "basket_id", "product_id", "store_id", "purchased_at", "department", "product_category"]
-        ).take(pa.array(hit))
-        words = pa.DictionaryArray.from_arrays(pa.array(placement[position[hit]]), pa.array(_placements()))
-        return seen.rename_columns({"purchased_at": "seen_at"}).append_column("placement", words)
+        return hit, pa.DictionaryArray.from_arrays(pa.array(placement[position[hit]]), pa.array(_placements()))
 
     def _promotions(self, wanted: Int) -> tuple[Int, npt.NDArray[np.int32]]:
         """Ascending keys of the promotions among `wanted`, and what `_placements` says of each.

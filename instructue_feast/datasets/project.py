@@ -8,18 +8,23 @@ from importlib import resources
 from pathlib import Path
 
 from instructue_feast.errors import ConfigError, StorageError, did_you_mean
+from instructue_feast.files import replacing
 
 TEMPLATES = ("complete_journey", "synthetic")
 """Names of the config templates."""
 
+CHECKPOINT = "models/complete-journey"
+"""Where the project of a template with a trained model keeps its copy of it."""
 
-def render_config(template: str, *, raw: str = "raw", output: str = "output") -> str:
+
+def render_config(template: str, *, raw: str = "raw", output: str = "output", model: str = CHECKPOINT) -> str:
     """Text of an `instructue.yaml`.
 
     Args:
         template: One of `TEMPLATES`.
         raw: Folder of the raw tables, absolute or relative to the config.
         output: Folder of everything the project writes.
+        model: Folder of the trained model; `synthetic` has none.
 
     Raises:
         ConfigError: There is no such template.
@@ -27,13 +32,16 @@ def render_config(template: str, *, raw: str = "raw", output: str = "output") ->
     if template not in TEMPLATES:
         raise ConfigError(f"unknown project template {template!r}", did_you_mean(template, TEMPLATES))
     text = _read(f"{template}.yaml")
-    return text.replace("path: raw/", f"path: {raw}/").replace("\n  path: output\n", f"\n  path: {output}\n")
+    text = text.replace("path: raw/", f"path: {raw}/").replace("\n  path: output\n", f"\n  path: {output}\n")
+    return text.replace(f"\n  path: {CHECKPOINT} ", f"\n  path: {model} ")
 
 
-def project_files(template: str, *, raw: str = "raw", output: str = "output") -> dict[str, str]:
-    """The files of a project folder by name; see `write_project`."""
+def project_files(
+    template: str, *, raw: str = "raw", output: str = "output", model: str = CHECKPOINT
+) -> dict[str, str]:
+    """The text files of a project folder by name; see `write_project`."""
     return {
-        "instructue.yaml": render_config(template, raw=raw, output=output),
+        "instructue.yaml": render_config(template, raw=raw, output=output, model=model),
         "user_qa.yaml": _read(f"{template}.user_qa.yaml"),
         "feature_store.yaml": _read("feature_store.yaml"),
         "definitions.py": _read("definitions.py.txt"),
@@ -43,7 +51,8 @@ def project_files(template: str, *, raw: str = "raw", output: str = "output") ->
 def write_project(folder: Path, template: str, *, raw: str = "raw", output: str = "output") -> Path:
     """Writes config, questions, `feature_store.yaml` and `definitions.py`, so that the folder is also a Feast repo.
 
-    A file that is there with other content is kept as `<name>.bak`.
+    A file that is there with other content is kept as `<name>.bak`. Where a template has a trained model, a copy of it
+    goes to `CHECKPOINT`; a model that is there stays.
 
     Args:
         folder: The project's folder; made when missing.
@@ -75,9 +84,19 @@ def write_project(folder: Path, template: str, *, raw: str = "raw", output: str 
             scratch = folder / f"{name}.{uuid.uuid4().hex}.tmp"
             scratch.write_text(text, encoding="utf-8")
             scratch.replace(target)
+        checkpoint = checkpoint_folder(template)
+        if checkpoint is not None and not (folder / CHECKPOINT).exists():
+            with replacing(folder / CHECKPOINT) as copy:
+                shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror}", "free disk space or mend the rights") from None
     return folder / "instructue.yaml"
+
+
+def checkpoint_folder(template: str) -> Path | None:
+    """The trained model that comes with a template, in the installed package; None where there is none."""
+    folder = Path(str(resources.files("instructue_feast.datasets"))) / "checkpoints" / template
+    return folder if folder.is_dir() else None
 
 
 def _read(name: str) -> str:

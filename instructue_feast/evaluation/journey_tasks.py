@@ -226,7 +226,7 @@ _SPECS = (
     _Spec(
         name="inactive_14d",
         family="user_prediction",
-        question="inactive_two_weeks",
+        question="inactive_14d",
         instruction="Will this shopper stay away from the stores for the next 14 days?",
         paraphrase="Is this a household that makes no visit at all in the coming 14 days?",
         answers=("Yes, this shopper stays away.", "No, this shopper comes back."),

@@ -111,6 +111,7 @@ def test_exposures_are_exactly_the_lines_with_a_promotion_in_that_store_and_week
         if row["household_id"] == household
     }
     assert found.keys() == expected.keys()
+    assert {(row["basket_id"], row["product_id"]) for row in lines if row["promoted"]} == expected.keys()
     assert len(found) > 20
     for line, (display, mailer) in expected.items():
         assert ("display" in found[line]) == (display != "0")
