@@ -116,10 +116,11 @@ def _start_from_nothing(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise ConfigError(f"{folder} holds files that no demo made", "choose an empty or new folder with --out")
     store = OutputStore(str(folder))
-    for old in ("output", "data"):
+    for old in ("output", "data", "models"):
         store.remove(old)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text("`instructue demo` may remove output/ and data/ in this folder.\n", encoding="utf-8")
+    note = "`instructue demo` may remove output/, data/ and models/ in this folder.\n"
+    (folder / MARKER).write_text(note, encoding="utf-8")
 
 
 def _require_good(folder: Path, run: dict[str, Any], lookup: dict[str, Any], parity: dict[str, Any]) -> None:

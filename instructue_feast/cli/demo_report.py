@@ -1,10 +1,11 @@
-"""The demo's `report.html`: stages, a user's history as the model sees it, maps of users by instruction, neighbours."""
+"""The demo's `report.html`: stages, a user as the model sees it and why, users by instruction, quality of the model."""
 
 from __future__ import annotations
 
 import base64
 import io
 import itertools
+import json
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -12,13 +13,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.dataset as ds
 
+from instructue_feast.cli.explain import event_rows, events_figure
 from instructue_feast.cli.jobs import JobResult, StageResult
 from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.errors import DataError
+from instructue_feast.evaluation.extracts import Phrasebook, read_extract
+from instructue_feast.evaluation.plots import instructions_figure
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES
 from instructue_feast.history.pack import PackedHistory
+from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.inference.explain import explain
 from instructue_feast.inference.from_run import check_run_model, open_embedder
 from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.reader import read_run
@@ -27,6 +33,9 @@ from instructue_feast.template import bucket_labels
 
 PARITY_USERS = 20
 NEIGHBOURS = 5
+WHY_EVENTS = 10
+EVALUATION = "evaluation.json"
+"""In a model's folder: what `instructue eval` measured of it."""
 MIN_HEAD = 4
 """A user's favourite must stand in this many distinct texts, so that a single odd purchase does not count."""
 _COLOURS = ("#1b6ca8", "#c8553d", "#4c956c", "#8d6a9f", "#b58900", "#5c6b73")
@@ -47,13 +56,18 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
     table = read_run(store, run["run_id"])
     users = [str(user) for user in table.column("user_id").to_pylist()]
     vectors = {name: vector_matrix(table, name, "the run") for name in names}
-    history = _history(config, store, extract)
+    history, book = read_extract(config, extract["extract_id"])
     example = _typical_user(history)
-    texts = _texts(store, extract)
+    texts = dict(zip(book.text_ids.tolist(), book.texts, strict=True))
     source = files("instructue_feast.cli").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     top = _favourite(history, texts)
-    parity = _parity(config, store, run, history, folder)
+    embedder = open_embedder(
+        store, run["run_id"], dtype=config.model.dtype, max_batch_tokens=config.model.max_batch_tokens
+    )
+    check_run_model(store, run["run_id"], config, embedder)
+    parity = _parity(embedder, config, names, history, folder)
+    quality = _quality(config, embedder)
     page = environment.from_string(source).render(
         run=run,
         extract=extract,
@@ -63,6 +77,9 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
         parity=parity,
         user=history.user_ids[example],
         sections=_sections(config, history, example, texts),
+        why=_why(embedder, config, names, history.take([example]), book),
+        quality=quality,
+        instructions_picture=_png(instructions_figure(quality)) if quality else "",
         scatters=[(one, _scatter(vectors[one["id"]], users, top)) for one in run["instructions"]],
         neighbours=[
             (one, _neighbours(vectors[one["id"]], users, history.user_ids[example], top)) for one in run["instructions"]
@@ -70,21 +87,6 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return {"user": history.user_ids[example], "parity": parity}
-
-
-def _history(config: InstructueConfig, store: OutputStore, extract: dict[str, Any]) -> PackedHistory:
-    folder = store.path("extracts", extract["extract_id"], "history")
-    files_ = sorted(store.fs.glob(f"{folder}/bucket=*/*.parquet"))
-    table = ds.dataset(files_, filesystem=store.fs).to_table()
-    return PackedHistory.from_arrow(
-        table, num_sources=len(config.source_names), num_numeric=len(config.numeric_columns)
-    )
-
-
-def _texts(store: OutputStore, extract: dict[str, Any]) -> dict[int, str]:
-    folder = store.path("extracts", extract["extract_id"], "phrasebook")
-    table = ds.dataset(folder, filesystem=store.fs).to_table(columns=["text_id", "text"])
-    return dict(zip(table.column("text_id").to_pylist(), table.column("text").to_pylist(), strict=True))
 
 
 def _typical_user(history: PackedHistory) -> int:
@@ -175,10 +177,9 @@ def _scatter(vectors: npt.NDArray[np.float32], users: list[str], favourite: dict
     axes.set_yticks([])
     axes.legend(fontsize=7, frameon=False, loc="best")
     figure.tight_layout()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
+    picture = _png(figure)
     plt.close(figure)
-    return base64.b64encode(stream.getvalue()).decode()
+    return picture
 
 
 def _neighbours(
@@ -191,18 +192,45 @@ def _neighbours(
 
 
 def _parity(
-    config: InstructueConfig, store: OutputStore, run: dict[str, Any], history: PackedHistory, repo: Path
+    embedder: UserEmbedder, config: InstructueConfig, names: list[str], history: PackedHistory, repo: Path
 ) -> dict[str, Any]:
     """Largest difference between what the online store serves and what the model says now, on a sample."""
-    embedder = open_embedder(
-        store, run["run_id"], dtype=config.model.dtype, max_batch_tokens=config.model.max_batch_tokens
-    )
-    check_run_model(store, run["run_id"], config, embedder)
     step = max(1, len(history) // PARITY_USERS)
     rows = list(range(0, len(history), step))[:PARITY_USERS]
     sample = history.take(rows)
-    names = [one["id"] for one in run["instructions"]]
     direct = embedder.encode(sample, config.registry().select(names))
     online = UserEmbeddings(repo).get(sample.user_ids, names)
     served = np.stack([online.vectors[name] for name in names], axis=1)
     return {"users": len(rows), "max_difference": float(np.abs(direct - served).max())}
+
+
+def _why(
+    embedder: UserEmbedder, config: InstructueConfig, names: list[str], user: PackedHistory, book: Phrasebook
+) -> str:
+    """What moves the user's embedding under the first and the last instruction, side by side; PNG as base64."""
+    rows = {}
+    for instruction in config.registry().select(list(dict.fromkeys((names[0], names[-1])))):
+        (found,) = explain(embedder, user, instruction)
+        rows[instruction.id] = event_rows(config.source_names, user, book, found, WHY_EVENTS)
+    return _png(events_figure(rows))
+
+
+def _quality(config: InstructueConfig, embedder: UserEmbedder) -> dict[str, Any] | None:
+    """What `instructue eval` measured of this very model; None where the model brings no evaluation.
+
+    Raises:
+        DataError: The evaluation in the model's folder is of other weights.
+    """
+    file = Path(config.model.path or "") / EVALUATION
+    if config.model.path is None or not file.is_file():
+        return None
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if document["model"]["weights_digest"] != embedder.model.weights_digest():
+        raise DataError(f"{file} was measured on other weights", "evaluate the model again, or remove the file")
+    return document
+
+
+def _png(figure: Any) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
+    return base64.b64encode(stream.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES
 from instructue_feast.runs.manifest import parse_as_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from instructue_feast.evaluation.extracts import Phrasebook
     from instructue_feast.history.pack import PackedHistory
     from instructue_feast.inference.embedder import UserEmbedder
@@ -65,9 +68,10 @@ def explain(
         one.id: explaining.explain(embedder, history, one, method=method.value, target=target)[0]
         for one in instructions
     }
-    rows = {name: _rows(project, history, book, one, top) for name, one in found.items()}
+    names = project.config.source_names
+    rows = {name: event_rows(names, history, book, one, top) for name, one in found.items()}
     if picture is not None:
-        _draw(rows, picture, answer)
+        _save(rows, picture, answer)
     if as_json:
         print_json({"user": user, "method": method.value, "answer": answer, "instructions": rows})
         return
@@ -104,16 +108,24 @@ def _open(
     return UserEmbedder(model, soft_tokens_of(model, book, history), soft_prompts=prompts), history, book
 
 
-def _rows(
-    project: Project, history: PackedHistory, book: Phrasebook, found: Attribution, top: int
+def event_rows(
+    source_names: Sequence[str], history: PackedHistory, book: Phrasebook, found: Attribution, top: int
 ) -> list[dict[str, Any]]:
-    """The texts that move it most, either way."""
+    """The texts of one user that move the embedding most, either way, in words.
+
+    Args:
+        source_names: The project's sources.
+        history: Packed history of the user alone.
+        book: Where its texts are.
+        found: The user's attribution.
+        top: How many texts.
+    """
     texts = [book.texts[row] for row in book.rows(found.text_ids)]
     order = sorted(range(len(texts)), key=lambda place: -abs(float(found.scores[place])))[:top]
     return [
         {
             "text": texts[place],
-            "source": project.config.source_names[history.source_index[place]],
+            "source": source_names[history.source_index[place]],
             "times": count_words(int(history.count_bucket[place])),
             "last_seen": age_words(int(history.age_bucket[place])),
             "score": float(found.scores[place]),
@@ -152,8 +164,16 @@ def _range(edges: tuple[int, ...], bucket: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _draw(rows: dict[str, list[dict[str, Any]]], file: Path, answer: str) -> None:
-    """One panel of bars per instruction."""
+def events_figure(rows: Mapping[str, list[dict[str, Any]]], answer: str = "") -> Figure:
+    """Bars of scores, one panel per instruction.
+
+    Args:
+        rows: `event_rows` by instruction.
+        answer: The answer the scores speak for, if one was named.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -171,6 +191,11 @@ def _draw(rows: dict[str, list[dict[str, Any]]], file: Path, answer: str) -> Non
         axis.set_xlabel(f"score towards {answer!r}" if answer else "score: what leaving it out takes back")
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
+    return figure
+
+
+def _save(rows: Mapping[str, list[dict[str, Any]]], file: Path, answer: str) -> None:
+    figure = events_figure(rows, answer)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)

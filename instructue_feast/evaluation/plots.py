@@ -25,7 +25,7 @@ def write_plots(document: Mapping[str, Any], stem: Path) -> list[Path]:
 
     mpl.use("Agg")
     written = []
-    for name, draw in (("means", _means), ("tasks", _tasks), ("instructions", _instructions), ("noise", _noise)):
+    for name, draw in (("means", _means), ("tasks", _tasks), ("instructions", instructions_figure), ("noise", _noise)):
         figure = draw(document)
         if figure is None:
             continue
@@ -82,7 +82,12 @@ def _tasks(document: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _instructions(document: Mapping[str, Any]) -> Any:
+def instructions_figure(document: Mapping[str, Any]) -> Any:
+    """Mean AUC under right, paraphrased, mismatched and no instruction; None without two of them.
+
+    Args:
+        document: What `suite_document` returned.
+    """
     rows = [row for row in ("ours", "ours_paraphrased", "ours_mismatched", "ours_none") if row in document["mean"]]
     if len(rows) < 2:
         return None

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from instructue_feast.errors import ConfigError, VersionMismatchError, listed
 
-FORMAT = 2
+FORMAT = 3
 """Layout of `config.json` and of the weights' names. Raise it when older folders could not be read."""
 
 PREAMBLE = "The behaviour of one user, source by source, the oldest first."

@@ -136,13 +136,8 @@ def _initialise(model: InstructUEModel, embedding_VH: torch.Tensor, seed: int) -
     model.numeric.initialise(rms, seed=seed, name="numeric")
     model.focus.initialise(mean_of("nothing"), rms, seed=seed, name="focus")
     if model.number_focus is not None:
-        names = [(source, column.replace("_", " ")) for source, _, column in model.config.numeric_columns or []]
-        vectors = model.instruction_vectors([name for _, name in names])
-        keys = [
-            model.focus.key(encoder, vectors[encoder][row : row + 1])
-            for row, encoder in enumerate(model.encoder_index(source) for source, _ in names)
-        ]
-        model.number_focus.initialise(torch.cat(keys), rms, seed=seed, name="number_focus")
+        names = [column.replace("_", " ") for _, _, column in model.config.numeric_columns or []]
+        model.number_focus.initialise(list(model.instruction_vectors(names)), rms, seed=seed, name="number_focus")
     model.projection.initialise(seed=seed, name="projection")
 
 

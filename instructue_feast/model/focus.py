@@ -8,6 +8,7 @@ their columns: an instruction about coupons looks at `redemptions_90d`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.model.seeding import fill_normal, orthonormal
 
 # N = texts, D = encoder size, F = focus size, H = hidden size, B = users, L = most texts of a user, K = instructions,
-# C = numeric columns
+# M = distinct instructions, C = numeric columns
 
 INITIAL_TEMPERATURE = 0.05
 _NUM_SCALARS = 4
@@ -126,42 +127,60 @@ class Focus(nn.Module):
 
 
 class NumberFocus(nn.Module):
-    """What an instruction finds among the numbers: attention over columns, by learned keys that start at their names.
+    """What an instruction finds among the numbers: a sum over columns, weighted by similarity to the columns' names.
+
+    The weights do not compete. A softmax over a few dozen columns falls for the one that serves most instructions,
+    and then no gradient reaches the others.
 
     Args:
-        columns: C.
-        focus_dim: F.
+        columns: Columns of each distinct encoder, in order; C in all.
+        dims: Vector size of each distinct encoder.
         hidden: H.
     """
 
-    def __init__(self, columns: int, focus_dim: int, hidden: int) -> None:
+    def __init__(self, columns: list[list[int]], dims: list[int], hidden: int) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.zeros(columns, focus_dim))
-        self.scale = nn.Parameter(torch.zeros(columns, hidden))
-        self.offset = nn.Parameter(torch.zeros(columns, hidden))
-        self.missing = nn.Parameter(torch.zeros(columns, hidden))
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+        self.columns = columns
+        number = sum(map(len, columns))
+        self.keys = nn.ParameterList(torch.zeros(len(own), dim) for own, dim in zip(columns, dims, strict=True))
+        self.scale = nn.Parameter(torch.zeros(number, hidden))
+        self.offset = nn.Parameter(torch.zeros(number, hidden))
+        self.missing = nn.Parameter(torch.zeros(number, hidden))
         self.mix = nn.Linear(hidden, hidden)
 
     @torch.no_grad()
-    def initialise(self, keys_CF: torch.Tensor, rms: float, *, seed: int, name: str) -> None:
-        """Keys of the columns' names; each column a random direction, as long as the number is large."""
-        self.keys.copy_(keys_CF)
+    def initialise(self, names: list[torch.Tensor], rms: float, *, seed: int, name: str) -> None:
+        """Each column a random direction, as long as the number is large.
+
+        Args:
+            names: `[C, D]` vectors of all columns' names in each encoder.
+            rms: Size of a token.
+            seed: Of the directions.
+            name: Likewise.
+        """
+        for key, own, vectors_CD in zip(self.keys, self.columns, names, strict=True):
+            key.copy_(vectors_CD[own])
         fill_normal(self.scale, rms, seed=seed, name=f"{name}.scale")
         fill_normal(self.offset, rms / 2, seed=seed, name=f"{name}.offset")
         fill_normal(self.missing, rms / 2, seed=seed, name=f"{name}.missing")
         nn.init.eye_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
 
-    def forward(self, similarity_BKC: torch.Tensor, scaled_BC: torch.Tensor, present_BC: torch.Tensor) -> torch.Tensor:
+    def weights(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`[M, C]` weights of the columns for M instructions, given as `[M, D]` vectors of each encoder."""
+        weights_MC = self.scale.new_zeros(len(vectors[0]), len(self.scale))
+        for key, own, vectors_MD in zip(self.keys, self.columns, vectors, strict=True):
+            weights_MC[:, own] = vectors_MD @ key.T
+        return weights_MC
+
+    def forward(self, weights_BKC: torch.Tensor, scaled_BC: torch.Tensor, present_BC: torch.Tensor) -> torch.Tensor:
         """`[B, K, H]` to be added to focus tokens.
 
         Args:
-            similarity_BKC: Similarity of instructions and columns.
+            weights_BKC: Weights of the columns for each instruction.
             scaled_BC: Standardised numbers; anything where one is missing.
             present_BC: False where a number is missing.
         """
-        weights_BKC = torch.softmax(similarity_BKC / self.log_temperature.exp(), dim=-1)
         known_BCH = scaled_BC[:, :, None] * self.scale + self.offset
         mixed: torch.Tensor = self.mix(weights_BKC @ torch.where(present_BC[:, :, None], known_BCH, self.missing))
         return mixed

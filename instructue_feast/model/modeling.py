@@ -75,9 +75,9 @@ class InstructUEModel(nn.Module):
         self.numeric = NumericAdapter([one for _, _, one in groups], len(config.numeric_columns or []), hidden)
         encoder_dims = [dims[name] for name in config.encoder_names]
         self.focus = Focus(encoder_dims, self.focus_dim, hidden)
-        columns = [self.encoder_index(source) for source, _, _ in config.numeric_columns or []]
-        self._columns_of_encoder = {one: np.flatnonzero(np.array(columns) == one).tolist() for one in set(columns)}
-        self.number_focus = NumberFocus(len(columns), self.focus_dim, hidden) if columns else None
+        column_encoders = [self.encoder_index(source) for source, _, _ in config.numeric_columns or []]
+        columns = [np.flatnonzero(np.array(column_encoders) == one).tolist() for one in range(len(encoder_dims))]
+        self.number_focus = NumberFocus(columns, encoder_dims, hidden) if column_encoders else None
         self.prompt = PromptTokens(
             len(sources),
             [sources.index(source) for source, _, _ in groups],
@@ -354,13 +354,12 @@ class InstructUEModel(nn.Module):
             return focus.tokens
         distinct = {id(one.vectors): one.vectors for own in suffixes for one in own}
         place = {key: number for number, key in enumerate(distinct)}
-        similarity_MC = values_BC.new_zeros(len(distinct), values_BC.shape[1])
-        for encoder, columns in self._columns_of_encoder.items():
-            vectors_MD = torch.stack([one[encoder] for one in distinct.values()]).to(self.device)
-            similarity_MC[:, columns] = self.focus.query(encoder, vectors_MD) @ self.number_focus.keys[columns].T
+        weights_MC = self.number_focus.weights(
+            [torch.stack(own).to(self.device) for own in zip(*distinct.values(), strict=True)]
+        )
         number_BK = torch.tensor([[place[id(one.vectors)] for one in own] for own in suffixes], device=self.device)
         tokens: torch.Tensor = focus.tokens + self.number_focus(
-            similarity_MC[number_BK], *self.numeric.standardised(values_BC)
+            weights_MC[number_BK], *self.numeric.standardised(values_BC)
         )
         return tokens
 
