@@ -15,7 +15,7 @@ from torch import nn
 
 from instructue_feast.errors import ConfigError
 from instructue_feast.model import saving
-from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, SourceAdapter
+from instructue_feast.model.adapter import Centre, NumericAdapter, ProjectionHead, SourceAdapter
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.focus import Focus, FocusResult, NumberFocus
@@ -86,6 +86,7 @@ class InstructUEModel(nn.Module):
             prompt_texts=config.prompt_texts,
             summaries=config.summary_tokens,
         )
+        self.user_centre, self.answer_centre = Centre(hidden), Centre(hidden)
         self.projection = ProjectionHead(hidden, config.projection_dim, config.embedding_dim)
         self._preamble: Ints = np.asarray(tokenizer(config.preamble, split_special_tokens=True)["input_ids"], np.int64)
         self._encoders: dict[str, TextEncoder] = {}
@@ -276,7 +277,7 @@ class InstructUEModel(nn.Module):
         # Causal, and padded on the right only: nothing before the readout sees the padding.
         hidden_ASH = self.backbone(inputs_embeds=inputs_ASH, use_cache=False).last_hidden_state
         rows = torch.arange(len(answers), device=self.device)
-        embeddings: torch.Tensor = self.projection(hidden_ASH[rows, last_A])
+        embeddings: torch.Tensor = self.projection(self.answer_centre(hidden_ASH[rows, last_A]))
         return embeddings
 
     # -- the pass ------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ class InstructUEModel(nn.Module):
         hidden_BSH = self._run_llm(table_VH, prompts, states, numbers_of(states, suffixes), log_gate_BS)
         users = torch.arange(len(history), device=self.device)[:, None]
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
-        return ModelOutput(self.projection(readout_BKH), hidden_BSH, prompts, focus.weights)
+        return ModelOutput(self.projection(self.user_centre(readout_BKH)), hidden_BSH, prompts, focus.weights)
 
     def focus_tokens(
         self, batch: UserBatch, suffixes: Sequence[Sequence[Suffix]], similarity_TK: torch.Tensor

@@ -58,6 +58,10 @@ class Losses:
     tokens: int
 
 
+_APART = 1e-3
+"""Differences between answers shorter than this stay short: they are rounding."""
+
+
 class Learner(nn.Module):
     """The model with what only training needs: the temperature and the losses.
 
@@ -89,6 +93,8 @@ class Learner(nn.Module):
         contrastive, user_user, autoregressive, accuracy = zero, zero, zero, zero.detach()
         if settings.contrastive_weight:
             answer_AE = self._answers(batch)
+            if settings.negatives == "same_question":
+                answer_AE = apart(answer_AE, batch.answer_question_A)
             contrastive = self._user_answer(user_NE, answer_AE, batch)
             accuracy = _accuracy(user_NE, answer_AE, batch)
         if settings.user_user_weight:
@@ -124,6 +130,8 @@ class Learner(nn.Module):
         sizes = [len(range(one, total, world)) for one in range(world)]
         # Without answers of its own a process must still take part in the backward of the gathering.
         nothing_AE = (self.log_scale * 0.0).expand(0, self.model.config.embedding_dim)
+        if not own:
+            self.model.answer_centre(nothing_AE.new_zeros(0, self.model.config.hidden_size))
         own_AE = self.model.answer_embeddings(own) if own else nothing_AE
         order = np.argsort(np.concatenate([np.arange(one, total, world) for one in range(world)]))
         return gather_rows(own_AE, sizes, _group())[torch.from_numpy(order).to(own_AE.device)]
@@ -189,6 +197,29 @@ class Learner(nn.Module):
             hidden_XH = self.to_head(hidden_XH.float()).to(head.weight.dtype)
         loss: torch.Tensor = next_token_loss(hidden_XH, head.weight, _tensor(target_X, device), bias=head.bias)
         return loss.float() * _share(len(target_X), batch.spoken_tokens)
+
+
+def apart(answer_AE: torch.Tensor, question_A: Ints) -> torch.Tensor:
+    """What sets each answer apart from the others to its question, at unit length.
+
+    Answers to one question read nearly alike: at first their cosines are .99 and more. As they are, no user can go
+    towards one and away from another, and as long as no user does, nothing drives the answers apart. Among the
+    answers to one question only their differences count, so the loss sees only those; the sign of a difference of
+    cosines, and the order of users by it, stay what they are.
+
+    Args:
+        answer_AE: `[A, E]` answers.
+        question_A: The question each belongs to.
+
+    Returns:
+        `[A, E]`; nearly zero for an answer that equals all others to its question.
+    """
+    _, group_A = np.unique(question_A, return_inverse=True)
+    place_A = torch.from_numpy(group_A).to(answer_AE.device)
+    count_Q1 = torch.bincount(place_A)[:, None]
+    sum_QE = answer_AE.new_zeros(len(count_Q1), answer_AE.shape[1]).index_add(0, place_A, answer_AE)
+    rest_AE = answer_AE - (sum_QE / count_Q1)[place_A]
+    return rest_AE * torch.rsqrt(rest_AE.pow(2).sum(-1, keepdim=True) + _APART**2)
 
 
 def _to_head(model: InstructUEModel) -> nn.Linear:

@@ -210,7 +210,7 @@ class InstructionReader:
             past_key_values=DynamicCache(layers),
             use_cache=False,
         ).last_hidden_state
-        embeddings: torch.Tensor = model.projection(hidden_B2H[:, 1])
+        embeddings: torch.Tensor = model.projection(model.user_centre(hidden_B2H[:, 1]))
         return embeddings
 
     def _instruction(self, soft_PH: torch.Tensor | None) -> Layers:

@@ -95,6 +95,9 @@ def test_the_contrastive_loss_against_a_loop_over_pairs(llm, encoder):
                 vectors = learner.model.answer_embeddings(
                     [learner.model.answer_ids(data.train.answers[one]) for one in pool]
                 )
+                if negatives == "same_question":  # only what sets them apart
+                    vectors = vectors - vectors.mean(0)
+                    vectors = vectors / (vectors.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
                 cosines = vectors @ users[user, k]
                 place = pool.index(data.train.answer_P[pair])
                 loss = torch.nn.functional.cross_entropy(cosines * math.exp(learner.log_scale), torch.tensor(place))

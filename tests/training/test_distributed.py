@@ -83,7 +83,7 @@ def test_two_processes_equal_one(llm, encoder, tmp_path, case):
             name: float((rank["grads"][name] - one).norm() / one.norm().clamp(min=1e-3))
             for name, one in expected.items()
         }
-        assert max(wrong.values()) < 1e-5, {name: one for name, one in wrong.items() if one >= 1e-5}
+        assert max(wrong.values()) < 1e-4, {name: one for name, one in wrong.items() if one >= 1e-4}
 
     whole = settings(steps=3, validation_fraction=0.3, **CASES[case])
     single = train(fresh_model(llm, encoder, whole), make_data(**DATA), whole, tmp_path / "one")
