@@ -156,6 +156,18 @@ def save(model: InstructUEModel, folder: Path) -> None:
             model.llm.save_pretrained(  # type: ignore[operator]
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
             )
+            _name_the_llm(scratch / LORA_FOLDER, model.config.llm)
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors lets nobody but the owner read
+
+
+def _name_the_llm(folder: Path, name: str) -> None:
+    """Puts the LLM's name where PEFT puts the path it has on this machine, and drops PEFT's empty card."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _compact(value: torch.Tensor) -> torch.Tensor:

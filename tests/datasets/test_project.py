@@ -8,16 +8,18 @@ import pytest
 import yaml
 
 from instructue_feast.config import load_config
-from instructue_feast.datasets.project import TEMPLATES, project_files, render_config, write_project
+from instructue_feast.datasets.project import CHECKPOINT, TEMPLATES, project_files, render_config, write_project
 from instructue_feast.errors import ConfigError, StorageError
 from instructue_feast.files import replacing
+from instructue_feast.model.factory import load_model
 
 FEATURE_REPO = Path(__file__).parents[2] / "feature_repo"
 
 
 @pytest.mark.parametrize("name", ["instructue.yaml", "user_qa.yaml", "feature_store.yaml", "definitions.py"])
 def test_the_feature_repo_is_the_template_pointed_at_the_demo(name: str) -> None:
-    files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output")
+    checkpoint = "../instructue_feast/datasets/checkpoints/complete_journey"
+    files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output", model=checkpoint)
     assert (FEATURE_REPO / name).read_text(encoding="utf-8") == files[name]
 
 
@@ -89,6 +91,18 @@ def test_a_project_where_no_folder_can_be_is_a_storage_error(tmp_path: Path) -> 
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(StorageError, match="cannot write"):
         write_project(tmp_path / "file", "synthetic")
+
+
+def test_a_project_gets_its_own_copy_of_the_trained_model_and_keeps_what_is_there(tmp_path: Path) -> None:
+    config = load_config(write_project(tmp_path, "complete_journey"))
+    assert config.model.path == str(tmp_path / CHECKPOINT)
+    assert load_model(config).config.trained
+    weights = tmp_path / CHECKPOINT / "model.safetensors"
+    assert weights.stat().st_size < 20e6
+    weights.write_bytes(b"retrained")
+    write_project(tmp_path, "complete_journey")
+    assert weights.read_bytes() == b"retrained"
+    assert load_config(write_project(tmp_path / "synthetic", "synthetic")).model.path is None
 
 
 def _write_half(target: Path) -> None:
