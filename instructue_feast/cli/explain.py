@@ -188,6 +188,7 @@ def events_figure(rows: Mapping[str, list[dict[str, Any]]], answer: str = "") ->
         axis.set_yticks(range(len(own)), labels, fontsize=9)
         axis.axvline(0, color="#555555", linewidth=0.8)
         axis.set_title(name)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel(f"score towards {answer!r}" if answer else "score: what leaving it out takes back")
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)

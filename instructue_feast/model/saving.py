@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,18 +252,29 @@ def _with_lora(causal: nn.Module, folder: Path) -> nn.Module:
         kind = UnsafeArtifactError if pickled else DataError
         raise kind(f"{folder} has no {LORA_WEIGHTS}", "save the LoRA weights as safetensors")
     try:
-        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from peft import LoraConfig, set_peft_model_state_dict
     except ImportError:
         raise MissingDependencyError("the model has LoRA weights", "pip install 'instructue-feast[model]'") from None
     settings = LoraConfig.from_pretrained(str(folder))
     settings.inference_mode = True
+    settings.base_model_name_or_path = None  # ours is checked by digest; PEFT would warn about the path
     settings.init_lora_weights = True  # values come from the file; other modes would first change the base weights
-    wrapped: nn.Module = get_peft_model(causal, settings)
+    wrapped = wrap_with_lora(causal, settings)
     result = set_peft_model_state_dict(wrapped, _read_tensors(folder / LORA_WEIGHTS))
     if result.unexpected_keys:
         raise VersionMismatchError(
             f"{folder} has LoRA weights for layers the LLM lacks", "use the LLM it was trained on"
         )
+    return wrapped
+
+
+def wrap_with_lora(causal: Any, settings: Any) -> nn.Module:
+    """A causal LM with the LoRA of PEFT's settings."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks by the old name
+        wrapped: nn.Module = get_peft_model(causal, settings)
     return wrapped
 
 

@@ -7,7 +7,6 @@ models/mine.training/    checkpoints and TensorBoard's logs; may be removed afte
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from instructue_feast.files import replacing
 from instructue_feast.inference.version import model_version
 from instructue_feast.model.factory import untrained
 from instructue_feast.model.modeling import InstructUEModel
-from instructue_feast.model.saving import CONFIG_NAME, read_config, torch_dtype
+from instructue_feast.model.saving import CONFIG_NAME, read_config, torch_dtype, wrap_with_lora
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.training import checkpoint
 from instructue_feast.training.card import write_card
@@ -150,7 +149,7 @@ def add_lora(model: InstructUEModel, settings: TrainingSettings) -> None:
     if not settings.lora_r:
         return
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError:
         raise MissingDependencyError("LoRA needs PEFT", "pip install 'instructue-feast[model]', or lora_r: 0") from None
     targets = settings.lora_targets
@@ -160,11 +159,10 @@ def add_lora(model: InstructUEModel, settings: TrainingSettings) -> None:
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks by the old name
         try:
-            model.llm = get_peft_model(model.llm, lora)
+            model.llm = wrap_with_lora(model.llm, lora)
         except ValueError as error:
             raise ConfigError(f"lora_targets {targets}: {error}", "name linear layers of the LLM") from None
 
