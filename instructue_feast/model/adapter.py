@@ -143,10 +143,11 @@ class Centre(nn.Module):
     @torch.no_grad()
     def _follow(self, hidden_NH: torch.Tensor) -> None:
         step = max(_CENTRE_STEP, 1 / (float(self.seen) + 1))  # at first the mean of all states seen so far
-        count, total = _over_processes(hidden_NH.new_tensor(len(hidden_NH)), hidden_NH.sum(0))
-        self.mean.lerp_(total / count, step)
-        (squares,) = _over_processes((hidden_NH - self.mean).pow(2).sum())
-        self.rms.lerp_((squares / (count * len(self.mean))).sqrt().clamp(min=1e-6), step)
+        exact_NH = hidden_NH.double()  # so that sums over several processes equal those of one
+        count, total = _over_processes(exact_NH.new_tensor(len(exact_NH)), exact_NH.sum(0))
+        self.mean.lerp_((total / count).float(), step)
+        (squares,) = _over_processes((exact_NH - self.mean).pow(2).sum())
+        self.rms.lerp_((squares / (count * len(self.mean))).sqrt().clamp(min=1e-6).float(), step)
         self.seen += 1
 
 

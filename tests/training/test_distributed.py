@@ -77,13 +77,15 @@ def test_two_processes_equal_one(llm, encoder, tmp_path, case):
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, losses.total.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close((ranks[0]["accuracy"] + ranks[1]["accuracy"]) / 2, losses.accuracy)
     expected = gradients(learner, learner)
+    # What is nearly zero is a difference of large terms, and has their rounding.
+    floor = 1e-3 * max(1.0, *(float(one.norm()) for one in expected.values()))
     for rank in ranks:
         assert rank["grads"].keys() >= expected.keys()
         wrong = {
-            name: float((rank["grads"][name] - one).norm() / one.norm().clamp(min=1e-3))
+            name: float((rank["grads"][name] - one).norm() / one.norm().clamp(min=floor))
             for name, one in expected.items()
         }
-        assert max(wrong.values()) < 1e-4, {name: one for name, one in wrong.items() if one >= 1e-4}
+        assert max(wrong.values()) < 1e-5, {name: one for name, one in wrong.items() if one >= 1e-5}
 
     whole = settings(steps=3, validation_fraction=0.3, **CASES[case])
     single = train(fresh_model(llm, encoder, whole), make_data(**DATA), whole, tmp_path / "one")
