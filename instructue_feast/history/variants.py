@@ -1,4 +1,4 @@
-"""Packed histories with something taken out or laid out another way: the data side of ablations."""
+"""Packed histories with something taken out or laid out another way, for ablations, attributions and training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without_source(history: PackedHistory, source: int, numeric_columns: Sequenc
     num_events[:, source] = 0
     numeric = history.tabular_numeric.copy()
     numeric[:, list(numeric_columns)] = np.nan
-    changed = _repeated(history, kept_T.astype(np.int64))
+    changed = with_tokens(history, kept_T)
     return dataclasses.replace(changed, num_events=num_events, tabular_numeric=numeric)
 
 
@@ -60,13 +60,38 @@ def one_token_per_event(history: PackedHistory, caps: Sequence[int]) -> PackedHi
     newer_T = until_T[last_T] - until_T
     cap_T = np.array([one or np.iinfo(np.int64).max for one in caps], np.int64)[history.source_index]
     # Counted instead of laid out and cut: a heavy shopper has thousands of events, of which hundreds are kept.
-    changed = _repeated(history, np.clip(cap_T - newer_T, 0, count_T))
+    changed = with_tokens(history, np.clip(cap_T - newer_T, 0, count_T))
     return dataclasses.replace(changed, count_bucket=np.zeros_like(changed.count_bucket))
 
 
-def _repeated(history: PackedHistory, times_T: npt.NDArray[np.int64]) -> PackedHistory:
-    """Every token so many times; 0 drops it."""
-    until = np.concatenate([[0], np.cumsum(times_T)]).astype(np.int64)
+def thinned(
+    history: PackedHistory, rng: np.random.Generator, *, event_dropout: float, number_dropout: float
+) -> PackedHistory:
+    """The same users with some texts and some numbers missing, by chance.
+
+    Each user draws a share of texts to lose, between none and twice `event_dropout`, so that whole histories and
+    sparse ones both occur.
+
+    Args:
+        history: U users.
+        rng: Draws; the same state gives the same histories.
+        event_dropout: Mean share of texts that go, at most one half.
+        number_dropout: Share of numbers that become missing.
+    """
+    if event_dropout:
+        lost_T = np.repeat(2 * event_dropout * rng.random(len(history)), history.num_tokens)
+        history = with_tokens(history, rng.random(len(lost_T)) >= lost_T)
+    if number_dropout:
+        numbers = history.tabular_numeric
+        lost = rng.random(numbers.shape) < number_dropout
+        history = dataclasses.replace(history, tabular_numeric=np.where(lost, np.nan, numbers).astype(numbers.dtype))
+    return history
+
+
+def with_tokens(history: PackedHistory, times_T: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> PackedHistory:
+    """Every token so many times; 0 or false drops it. `num_events` stays what it is."""
+    times_T = times_T.astype(np.int64)
+    until = np.concatenate([[0], np.cumsum(times_T)])
     return dataclasses.replace(
         history,
         offsets=until[history.offsets],

@@ -31,6 +31,7 @@ from torch import nn
 
 from instructue_feast.errors import ConfigError, DataError, did_you_mean
 from instructue_feast.history.pack import PackedHistory
+from instructue_feast.history.variants import with_tokens
 from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.layout import Ints, token_budget_batches
@@ -118,7 +119,7 @@ def explain(
 
 def without_texts(history: PackedHistory) -> PackedHistory:
     """The same users with their numbers only."""
-    return _keeping(history, np.zeros(len(history.text_id), bool))
+    return with_tokens(history, np.zeros(len(history.text_id), bool))
 
 
 def without_each_text(history: PackedHistory, user: int) -> PackedHistory:
@@ -132,21 +133,8 @@ def without_one(history: PackedHistory, users: Ints, places: Ints) -> PackedHist
     copies = history.take(users)
     keep_T = np.ones(len(copies.text_id), bool)
     keep_T[copies.offsets[:-1] + places] = False
-    kept = _keeping(copies, keep_T)
+    kept = with_tokens(copies, keep_T)
     return dataclasses.replace(kept, user_ids=[f"{place:09d}" for place in range(len(users))])
-
-
-def _keeping(history: PackedHistory, keep_T: npt.NDArray[np.bool_]) -> PackedHistory:
-    """The same users with some of their texts."""
-    kept_before = np.concatenate([[0], np.cumsum(keep_T)]).astype(np.int64)
-    return dataclasses.replace(
-        history,
-        offsets=kept_before[history.offsets],
-        source_index=history.source_index[keep_T],
-        text_id=history.text_id[keep_T],
-        count_bucket=history.count_bucket[keep_T],
-        age_bucket=history.age_bucket[keep_T],
-    )
 
 
 def _directions(

@@ -15,7 +15,8 @@ from torch import nn
 
 from instructue_feast.errors import ConfigError
 from instructue_feast.model import saving
-from instructue_feast.model.adapter import Centre, NumericAdapter, ProjectionHead, SourceAdapter
+from instructue_feast.model.adapter import NumericAdapter, ProjectionHead, SourceAdapter
+from instructue_feast.model.centre import Centre
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.focus import Focus, FocusResult, NumberFocus

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,13 @@ from instructue_feast.errors import (
     VersionMismatchError,
     listed,
 )
-from instructue_feast.files import replacing
+from instructue_feast.files import give_usual_rights, replacing
 from instructue_feast.model import attention
 from instructue_feast.model.artifacts import folder_digest, local_folder, quiet, require_safetensors
 from instructue_feast.model.bundled import resolve_folder
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import describe_encoder
+from instructue_feast.model.lora import wrap_with_lora
 from instructue_feast.model.small_transformer import layer_weights, small_transformer
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def save(model: InstructUEModel, folder: Path) -> None:
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
             )
             _name_the_llm(scratch / LORA_FOLDER, model.config.llm)
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors lets nobody but the owner read
+        give_usual_rights(scratch)  # safetensors lets nobody but the owner read
 
 
 def _name_the_llm(folder: Path, name: str) -> None:
@@ -265,16 +263,6 @@ def _with_lora(causal: nn.Module, folder: Path) -> nn.Module:
         raise VersionMismatchError(
             f"{folder} has LoRA weights for layers the LLM lacks", "use the LLM it was trained on"
         )
-    return wrapped
-
-
-def wrap_with_lora(causal: Any, settings: Any) -> nn.Module:
-    """A causal LM with the LoRA of PEFT's settings."""
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks by the old name
-        wrapped: nn.Module = get_peft_model(causal, settings)
     return wrapped
 
 

@@ -128,6 +128,7 @@ def _model_variants(base: TrainingSettings) -> list[Variant]:
             what="neither sources nor users get summary tokens",
             changes={"summary_tokens": False},
         ),
+        Variant(name="no_centre", what="what all users share stays in the projection", changes={"centre": False}),
     ]
 
 
@@ -150,6 +151,11 @@ def _loss_variants(base: TrainingSettings) -> list[Variant]:
     return [
         Variant(name="no_contrastive", what="next-token loss only", changes=alone),
         *(no_words if base.contrastive_weight or base.user_user_weight else []),
+        Variant(
+            name="answers_as_they_are",
+            what="answers to one question are not set apart in the loss",
+            changes={"answers_apart": False},
+        ),
         *(same_question if base.negatives == "batch" else []),
         Variant(name="batch_negatives", what="an answer meets all answers of the pass", changes=mixed),
         Variant(

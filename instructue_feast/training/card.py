@@ -99,7 +99,8 @@ named and identified by their digests.
 | --- | --- |
 | data | {settings.data_name or "data set " + data["qa_id"]} |
 | terms of the data | {settings.data_terms or "not stated"} |
-| pairs | {data["pairs"]:,} over {data["questions"]:,} questions |
+| pairs of trained users | {data["pairs"]:,} over {data["questions"]:,} questions |
+| pairs drawn | at most {data["pairs_drawn"]:,} |
 | users and as_ofs | {data["rows"]:,} trained, {data["held_out_rows"]:,} held out |
 | trained through | {config.trained_through}: an `as_of` before it would leak |
 | sources | {", ".join(config.sources or [])} |

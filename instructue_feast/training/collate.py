@@ -117,7 +117,7 @@ class Passes(Dataset[TrainingBatch]):
             )
         return TrainingBatch(
             index=index,
-            history=data.history.take(plan.history_B[members]),
+            history=self._sampler.shown(plan).take(members),
             suffixes=suffixes,
             wording_BK=plan.wording_BK[members],
             answers=[self._tokens[answer] for answer in answer_id_A],

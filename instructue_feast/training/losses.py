@@ -84,6 +84,14 @@ class Learner(nn.Module):
         """Of the contrastive loss, now."""
         return math.exp(-float(self.log_scale.detach()))
 
+    def train(self, mode: bool = True) -> Learner:
+        """Training or evaluation mode; without `centre` the model's centres stay as they are in both."""
+        super().train(mode)
+        if not self.settings.centre:
+            self.model.user_centre.eval()
+            self.model.answer_centre.eval()
+        return self
+
     def forward(self, batch: TrainingBatch) -> Losses:
         """The losses of one pass."""
         settings = self.settings
@@ -93,10 +101,10 @@ class Learner(nn.Module):
         contrastive, user_user, autoregressive, accuracy = zero, zero, zero, zero.detach()
         if settings.contrastive_weight:
             answer_AE = self._answers(batch)
-            if settings.negatives == "same_question":
+            accuracy = _accuracy(user_NE, answer_AE, batch)
+            if settings.answers_apart:
                 answer_AE = apart(answer_AE, batch.answer_question_A)
             contrastive = self._user_answer(user_NE, answer_AE, batch)
-            accuracy = _accuracy(user_NE, answer_AE, batch)
         if settings.user_user_weight:
             user_user = self._user_user(user_NE, batch)
         if settings.autoregressive_weight:
@@ -204,8 +212,9 @@ def apart(answer_AE: torch.Tensor, question_A: Ints) -> torch.Tensor:
 
     Answers to one question read nearly alike: at first their cosines are .99 and more. As they are, no user can go
     towards one and away from another, and as long as no user does, nothing drives the answers apart. Among the
-    answers to one question only their differences count, so the loss sees only those; the sign of a difference of
-    cosines, and the order of users by it, stay what they are.
+    answers to one question only their differences count, so the loss sees only those. Of two answers, the order of
+    users by the difference of their cosines stays what it is; of more, the lengths of the differences are made equal,
+    which changes it a little.
 
     Args:
         answer_AE: `[A, E]` answers.

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from instructue_feast.errors import DataError, LeakageError
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.history.variants import thinned
 from instructue_feast.training.settings import TrainingSettings
 from instructue_feast.user_qa.dataset import UserQA
 
@@ -138,6 +140,16 @@ class Sampler:
         if not settings.autoregressive_weight:
             spoken_BK[:] = False
         return PassPlan(index, row_B, history_B, pair_BK, wording_BK, weight_BK, spoken_BK)
+
+    def shown(self, plan: PassPlan) -> PackedHistory:
+        """The histories of a pass, over all processes, with what it leaves out of them."""
+        settings = self._settings
+        return thinned(
+            self._data.history.take(plan.history_B),
+            self._rng(3, plan.index),
+            event_dropout=settings.event_dropout,
+            number_dropout=settings.number_dropout,
+        )
 
     def _users(self, index: int) -> Ints:
         """Users of a pass: of about one `as_of`, and of about one length. Every user once per epoch."""

@@ -23,8 +23,9 @@ from instructue_feast.errors import ConfigError, DataError, MissingDependencyErr
 from instructue_feast.files import replacing
 from instructue_feast.inference.version import model_version
 from instructue_feast.model.factory import untrained
+from instructue_feast.model.lora import wrap_with_lora
 from instructue_feast.model.modeling import InstructUEModel
-from instructue_feast.model.saving import CONFIG_NAME, read_config, torch_dtype, wrap_with_lora
+from instructue_feast.model.saving import CONFIG_NAME, read_config, torch_dtype
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.training import checkpoint
 from instructue_feast.training.card import write_card
@@ -254,7 +255,8 @@ def train(
         unusable_questions=sampler.unusable,
     )
     if finished and rank == 0:
-        _finish(model, data, settings, result, config, users=(len(rows), len(held_out_rows)))
+        known = {"held_out_rows": len(held_out_rows), **_trained_on(data.train, rows, sampler, settings)}
+        _finish(model, data, settings, result, config, known)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -265,7 +267,7 @@ def _finish(
     settings: TrainingSettings,
     result: TrainingResult,
     config: InstructueConfig | None,
-    users: tuple[int, int],
+    known: dict[str, int],
 ) -> None:
     model.config.trained = True
     model.config.trained_through = data.train.trained_through
@@ -277,13 +279,37 @@ def _finish(
         model.save_pretrained(scratch)
         write_card(
             scratch, model, settings, result.history, result.metrics,
-            data={
-                "qa_id": data.qa_id, "digest": data.digest(), "pairs": data.train.num_pairs,
-                "questions": len(data.train.questions), "rows": users[0], "held_out_rows": users[1],
-                "unusable_questions": result.unusable_questions,
-            },
+            data={"qa_id": data.qa_id, "digest": data.digest(), **known},
             version=version,
         )  # fmt: skip
+
+
+def _trained_on(data: UserQA, rows: Ints, sampler: Sampler, settings: TrainingSettings) -> dict[str, int]:
+    """What of a data set is trained on: not the pairs of held-out users, nor questions that are never asked.
+
+    Args:
+        data: The training split.
+        rows: Rows that train.
+        sampler: Draws from them.
+        settings: How often.
+
+    Returns:
+        `rows`, `questions`, `pairs`, `pairs_drawn` (at most: users with few pairs fill their places with repeats that
+        have no weight), `unusable_questions`.
+    """
+    trains_U = np.zeros(len(data), bool)
+    trains_U[rows] = True
+    asked_Q = np.zeros(len(data.questions), bool)
+    asked_Q[sampler.question_indices] = True
+    pairs_P = np.repeat(trains_U, np.diff(data.offsets)) & asked_Q[data.question_P] & (data.weight_P > 0)
+    per_pass = settings.users_per_step * settings.questions_per_user
+    return {
+        "rows": len(rows),
+        "questions": len(sampler.question_indices),
+        "pairs": int(pairs_P.sum()),
+        "pairs_drawn": settings.steps * settings.gradient_accumulation * per_pass,
+        "unusable_questions": sampler.unusable,
+    }
 
 
 def _identity(model: InstructUEModel, data: TrainingData, settings: TrainingSettings) -> dict[str, Any]:

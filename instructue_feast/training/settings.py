@@ -52,6 +52,9 @@ class TrainingSettings:
         user_user_weight: Weight of the user-user loss: users with the same answer to a question attract each other.
         negatives: `same_question`: an answer meets the other answers to its question. `batch`: it meets all answers
             of the pass, which the instruction alone can tell apart.
+        answers_apart: Whether an answer enters the contrastive loss as its difference from the middle of its question's
+            answers.
+        centre: Whether what all users, and all answers, share is taken away before the projection.
         false_negative_mask: Whether answers of the same text never stand against each other.
         false_negative_margin: Drop negatives whose cosine is higher than the positive's by this much. Only with
             `negatives: batch`: the other answer to the same question is never a false negative.
@@ -60,6 +63,9 @@ class TrainingSettings:
         family_exponent: A family of n questions is drawn by n to this: 1 draws questions alike, 0 families alike.
         family_cap: Largest share of one family of questions in the sampling.
         instruction_dropout: Share of the pairs that are asked without words, which trains the general embedding.
+        event_dropout: Mean share of a user's texts that a pass leaves out, at most one half; against learning users by
+            heart, and against depending on a clean log.
+        number_dropout: Share of a user's numbers that a pass shows as missing, likewise.
         shuffle_users: Control: give every user the history of another. The contrastive loss must stay at chance.
         validation_fraction: Share of the users, by hash, that is held out.
         validation_rows: Most rows of held-out users that are looked at.
@@ -111,12 +117,16 @@ class TrainingSettings:
     autoregressive_weight: float = Field(default=1.0, ge=0)
     user_user_weight: float = Field(default=0.0, ge=0)
     negatives: Literal["same_question", "batch"] = "same_question"
+    answers_apart: bool = True
+    centre: bool = True
     false_negative_mask: bool = True
     false_negative_margin: float | None = Field(default=None, ge=0)
     autoregressive_pairs: float = Field(default=2, ge=0)
     family_exponent: float = Field(default=0.5, ge=0, le=1)
     family_cap: float = Field(default=0.5, gt=0, le=1)
     instruction_dropout: float = Field(default=0.05, ge=0, le=1)
+    event_dropout: float = Field(default=0.0, ge=0, le=0.5)
+    number_dropout: float = Field(default=0.0, ge=0, le=1)
     shuffle_users: bool = False
 
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructue_feast.history.buckets import COUNT_EDGES
-from instructue_feast.history.variants import one_token_per_event, without_source
+from instructue_feast.history.variants import one_token_per_event, thinned, without_source
 from tests.model_data import NUMERIC, make_history
 
 TABULAR = [place for place, (source, _, _) in enumerate(NUMERIC) if source == "tabular"]
@@ -79,3 +79,31 @@ def test_the_history_that_is_given_stays_as_it_was(change):
     np.testing.assert_array_equal(history.num_events, before.num_events)
     np.testing.assert_array_equal(history.text_id, before.text_id)
     assert change(history.take([1])).offsets.tolist() == [0, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, st.integers(0, 100))
+def test_thinned_histories_keep_some_tokens_in_their_order_and_nothing_else_changes(own, seed):
+    history = make_history(own, seed=seed)
+    changed = thinned(history, np.random.default_rng(seed), event_dropout=0.3, number_dropout=0.3)
+    for before, after in zip(users(history), users(changed), strict=True):
+        rest = iter(before)
+        assert all(token in rest for token in after)  # a subsequence
+    np.testing.assert_array_equal(changed.num_events, history.num_events)
+    same = changed.tabular_numeric == history.tabular_numeric
+    assert (same | np.isnan(changed.tabular_numeric)).all()
+    assert changed.tabular_numeric.dtype == history.tabular_numeric.dtype
+
+
+def test_thinned_histories_lose_the_share_they_are_told_and_users_differ():
+    history = make_history([(30, 10, 2)] * 400)
+    changed = thinned(history, np.random.default_rng(0), event_dropout=0.25, number_dropout=0.1)
+    left_U = changed.num_tokens / history.num_tokens
+    assert abs(left_U.mean() - 0.75) < 0.02
+    assert left_U.max() > 0.95
+    assert left_U.min() < 0.55
+    known = np.isfinite(history.tabular_numeric)
+    assert abs(np.isnan(changed.tabular_numeric[known]).mean() - 0.1) < 0.02
+    whole = thinned(history, np.random.default_rng(0), event_dropout=0.0, number_dropout=0.0)
+    np.testing.assert_array_equal(whole.text_id, history.text_id)
+    np.testing.assert_array_equal(whole.tabular_numeric, history.tabular_numeric)

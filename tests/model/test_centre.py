@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from instructue_feast.model.adapter import Centre
+from instructue_feast.model.centre import Centre
 
 
 def _states(seed: int, shift: float = 0.0) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -50,6 +52,21 @@ def test_only_weights_of_ours_are_written(model, folder):
     assert not any(name.startswith("llm.") for name in names)
     assert sorted(one.name for one in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [one.name for one in folder.parent.iterdir() if one.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_of_a_model_have_the_rights_that_the_umask_leaves(model, tmp_path, umask, rights):
+    model = with_lora(model)
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [one for one in (tmp_path / "model").rglob("*") if one.is_file()]
+    assert sorted(one.name for one in files) == [
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert {stat.S_IMODE(one.stat().st_mode) for one in files} == {rights}
 
 
 def test_weights_that_half_precision_holds_are_stored_in_half_the_space(model, folder, tmp_path):

@@ -8,11 +8,17 @@ import json
 import pytest
 
 from instructue_feast.cli import ablation_judges
+from instructue_feast.cli.ablation_judges import Suite, make_judge
 from instructue_feast.cli.main import main
+from instructue_feast.cli.project import Project
 from instructue_feast.config import load_config
+from instructue_feast.datasets.project import write_project
+from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.evaluation import journey as journey_module
 from instructue_feast.training import run as training_run
+from instructue_feast.training.run import load_training_data
 from tests.evaluation.small import random_journey, small_book, small_history, write_extract
+from tests.training.conftest import settings
 from tests.training.test_train_command import SMALL, config  # noqa: F401
 
 TASKS = "high_spend,buys_vitamins"
@@ -144,6 +150,31 @@ def test_another_project_is_measured_by_validation(config, tmp_path):  # noqa: F
     assert "AUC, held-out subjects" in text
     assert "would be the same as `full`: `no_autoregressive`" in text
     assert (tmp_path / "table" / "ablations.png").is_file()
+
+
+def test_a_damaged_project_of_the_journey_is_not_taken_for_another_project(config, tmp_path, capsys):  # noqa: F811
+    opened = Project.open(str(write_project(tmp_path / "journey", "complete_journey")))
+    data, base = load_training_data(load_config(config), "tiny"), settings(validation_fraction=0.3)
+
+    def judged(project=opened, suite=None):
+        return make_judge(project, suite, data, base, None, 1)
+
+    with pytest.raises(ConfigError, match="raw table of users is not a local folder"):
+        judged()
+    for name in ("users", *opened.config.sources):
+        (tmp_path / "journey" / "raw" / name).mkdir(parents=True)
+        (tmp_path / "journey" / "raw" / name / "part-0.parquet").write_bytes(b"cut short")
+    with pytest.raises(DataError, match=r"raw table of users in .* cannot be read") as error:
+        judged()
+    assert "or pass --suite validation" in error.value.hint
+    assert judged(suite=Suite.validation).suite is Suite.validation
+    bill = dataclasses.replace(opened.config.sources["bill"], user_id="customer")
+    sources = dict(opened.config.sources) | {"bill": bill}
+    other = Project(opened.file, dataclasses.replace(opened.config, sources=sources))
+    assert judged(other).suite is Suite.validation  # the paper's six sources, of another shop
+    assert "Not a project of The Complete Journey (raw table of users" in capsys.readouterr().err
+    with pytest.raises(DataError, match="cannot be read"):
+        judged(other, Suite.complete_journey)
 
 
 def test_mistakes_are_explained(config, tmp_path, capsys):  # noqa: F811

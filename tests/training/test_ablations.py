@@ -26,9 +26,9 @@ from tests.training.data import make_data
 from tests.training.test_train_command import CONFIG
 
 NAMES = [
-    "full", "no_focus_token", "no_llm", "no_summary_tokens", "no_contrastive", "no_autoregressive", "batch_negatives",
-    "batch_negatives_no_mask", "without_bill", "without_app", "without_tabular", "one_token_per_event",
-    "shuffled_users",
+    "full", "no_focus_token", "no_llm", "no_summary_tokens", "no_centre", "no_contrastive", "no_autoregressive",
+    "answers_as_they_are", "batch_negatives", "batch_negatives_no_mask", "without_bill", "without_app",
+    "without_tabular", "one_token_per_event", "shuffled_users",
 ]  # fmt: skip
 
 
@@ -145,6 +145,18 @@ def test_without_a_focus_token_two_instructions_differ_by_their_words_alone(proj
         changed[name] = float((found[:, 0] - found[:, 1]).abs().max())
     assert changed["no_focus_token"] < 1e-6
     assert changed[FULL] > 1e-3
+
+
+@pytest.mark.parametrize("name", [FULL, "no_centre"])
+def test_without_centres_nothing_is_taken_away_in_training(project, name):
+    data = make_data(8)
+    own = variant(project, name)[1]
+    model = make_model(project, own)
+    sampler = Sampler(data.train, np.arange(len(data.train)), own)
+    learner = Learner(model, TextVectors.encode(model, data.phrasebook, sampler.wordings), own).train()
+    learner(Passes(model, data.train, sampler, 1)[0])
+    for centre in (model.user_centre, model.answer_centre):
+        assert bool(centre.mean.any()) == (name == FULL)
 
 
 def test_without_summary_tokens_texts_outside_the_prompt_reach_the_focus_only(project):

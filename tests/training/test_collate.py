@@ -77,8 +77,8 @@ def test_only_answer_tokens_are_predicted_each_from_what_stands_before_it(llm, e
 
 @torch.no_grad()
 def test_the_contrastive_loss_against_a_loop_over_pairs(llm, encoder):
-    for negatives in ("same_question", "batch"):
-        learner, passes, data, _ = build(llm, encoder, negatives=negatives)
+    for negatives, answers_apart in (("same_question", True), ("batch", False)):
+        learner, passes, data, _ = build(llm, encoder, negatives=negatives, answers_apart=answers_apart)
         batch = passes[0]
         losses = learner(batch)
         users = embed(learner.model, learner.vectors, batch.history, batch.suffixes, batch.wording_BK).embeddings
@@ -95,7 +95,7 @@ def test_the_contrastive_loss_against_a_loop_over_pairs(llm, encoder):
                 vectors = learner.model.answer_embeddings(
                     [learner.model.answer_ids(data.train.answers[one]) for one in pool]
                 )
-                if negatives == "same_question":  # only what sets them apart
+                if answers_apart:  # only what sets them apart
                     vectors = vectors - vectors.mean(0)
                     vectors = vectors / (vectors.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
                 cosines = vectors @ users[user, k]

@@ -21,7 +21,7 @@ def test_answers_to_a_question_stand_apart_however_alike_they_are() -> None:
     assert (found[2:] @ found[2:].T).sum().abs() < 0.5  # three directions around their middle
 
 
-def test_the_sign_of_a_difference_of_cosines_and_its_order_stay() -> None:
+def test_of_two_answers_the_sign_of_the_difference_of_cosines_and_its_order_stay() -> None:
     generator = torch.Generator().manual_seed(1)
     answers = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=-1)
     users = torch.nn.functional.normalize(torch.randn(50, 16, generator=generator), dim=-1)
@@ -29,6 +29,17 @@ def test_the_sign_of_a_difference_of_cosines_and_its_order_stay() -> None:
     before, after = users @ (answers[0] - answers[1]), users @ (found[0] - found[1])
     assert torch.equal(before.sign(), after.sign())
     assert torch.equal(before.argsort(), after.argsort())
+
+
+def test_of_three_answers_each_is_set_against_the_mean_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(2)
+    answers = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=-1)
+    users = torch.nn.functional.normalize(torch.randn(50, 16, generator=generator), dim=-1)
+    found = apart(answers, np.zeros(3, np.int64))
+    for one in range(3):
+        others = answers[[place for place in range(3) if place != one]].mean(0)
+        score = users @ (answers[one] - others)
+        assert torch.equal(score.argsort(), (users @ found[one]).argsort())
 
 
 def test_equal_answers_have_nothing_apart_and_finite_gradients() -> None:

@@ -146,3 +146,15 @@ def test_held_out_users_are_the_same_at_every_as_of():
     assert not set(users[rows]) & set(users[held])
     assert len(rows) + len(held) == 300
     assert 10 <= len(set(users[held])) <= 32
+
+
+def test_what_a_pass_leaves_out_of_histories_depends_on_seed_and_index_alone():
+    train, one = sampler(event_dropout=0.4)
+    _, other = sampler(event_dropout=0.4)
+    other.shown(other.plan(5))
+    shown = one.shown(one.plan(2))
+    np.testing.assert_array_equal(shown.text_id, other.shown(other.plan(2)).text_id)
+    whole = train.history.take(one.plan(2).history_B)
+    assert 0 < len(shown.text_id) < len(whole.text_id)
+    _, plain = sampler()
+    np.testing.assert_array_equal(plain.shown(plain.plan(2)).text_id, whole.text_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.training import checkpoint
 from instructue_feast.training.losses import Learner
 from instructue_feast.training.run import train
-from instructue_feast.training.validation import Probe, validate
+from instructue_feast.training.validation import Probe, split_rows, validate
 from instructue_feast.training.vectors import TextVectors
 from tests.training.conftest import fresh_model, settings
 from tests.training.data import make_data
@@ -48,7 +49,7 @@ def test_only_same_question_negatives_keep_the_shuffled_control_at_chance(llm, e
     """With users shuffled there is nothing to learn but the question; mixed negatives are solved by that alone."""
     _, result = run(
         llm, encoder, tmp_path / "m", make_data(32), steps=40, shuffle_users=True, negatives=negatives,
-        autoregressive_weight=0.0, **LEARNS,
+        answers_apart=negatives == "same_question", autoregressive_weight=0.0, **LEARNS,
     )  # fmt: skip
     last, chance = result.metrics["contrastive_loss"], result.metrics["chance_loss"]
     if negatives == "same_question":
@@ -100,6 +101,34 @@ def test_the_saved_model_is_the_trained_one_and_says_so(llm, encoder, tmp_path):
     assert "for tests" in card
     assert (tmp_path / "m/curves.png").read_bytes().startswith(b"\x89PNG")
     assert any("eval_auc_users" in line for line in result.history)
+
+
+def test_the_card_counts_what_was_trained_not_what_the_data_set_holds(llm, encoder, tmp_path):
+    chosen = settings(validation_fraction=0.4, steps=2, gradient_accumulation=3)
+    data = make_data(16, drop=0.2)
+    weight_P = data.train.weight_P.copy()
+    weight_P[::5] = 0
+    same = data.train.question_P == 0  # a question to which everybody has one answer
+    answer_P = np.where(same, 0, data.train.answer_P).astype(np.int32)
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, weight_P=weight_P, answer_P=answer_P))
+    train(fresh_model(llm, encoder, chosen), data, chosen, tmp_path / "m")
+    qa, (rows, held_out) = data.train, split_rows(data.train, 0.4)
+    assert len(held_out)
+    pairs = [
+        int(qa.question_P[pair])
+        for row in rows
+        for pair in range(qa.offsets[row], qa.offsets[row + 1])
+        if qa.weight_P[pair] > 0 and qa.question_P[pair] != 0
+    ]
+    found = json.loads((tmp_path / "m/training.json").read_text())["data"]
+    assert found["pairs"] == len(pairs) < qa.num_pairs
+    assert found["questions"] == len(set(pairs)) == 5  # of 8: two are held out, one has one answer
+    assert found["unusable_questions"] == 1
+    assert (found["rows"], found["held_out_rows"]) == (len(rows), len(held_out))
+    drawn = 2 * 3 * chosen.users_per_step * chosen.questions_per_user
+    assert found["pairs_drawn"] == drawn
+    card = (tmp_path / "m/README.md").read_text()
+    assert f"| pairs of trained users | {len(pairs)} over 5 questions |\n| pairs drawn | at most {drawn} |" in card
 
 
 def test_bfloat16_and_gradient_checkpointing_train_our_weights_in_float32(llm, encoder, tmp_path):

@@ -31,6 +31,8 @@ def reader_of(model, encoder, text, tokens, **changes):
 @pytest.mark.parametrize("settings", [{}, {"prompt_texts": 3}, {"focus_token": False}, {"llm_layers": 1}], ids=str)
 def test_kept_prefixes_give_what_the_model_gives(llm, encoder, text, settings):
     model = make_model(llm, encoder, **settings)
+    model.user_centre.mean.normal_(generator=torch.Generator().manual_seed(3))  # as in a trained model
+    model.user_centre.rms.fill_(1.7)
     soft = soft_prompt(model)
     tuned = Instruction("tuned", text, soft_prompt=soft_prompt_digest(soft))
     embedder = UserEmbedder(model, make_table(model, encoder), soft_prompts={tuned.content_hash: soft})
