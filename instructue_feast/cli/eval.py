@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -55,6 +56,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder of <task>.safetensors, for ours_fewshot; default: the model's.")
     ] = None,
     noise: Annotated[bool, typer.Option(help="Measure the same with irrelevant events added.")] = True,
+    explain_users: Annotated[
+        int, typer.Option(min=0, help="Users whose attributions are checked against leave-one-out; 0 for none.")
+    ] = 100,
     task: Annotated[str | None, typer.Option(help="Name of a task of your own.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Its instruction.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV or Parquet file: user_id, label (0 or 1).")] = None,
@@ -82,7 +86,12 @@ def evaluate(
 
     compute: Literal["float32", "bfloat16"] | None = None if dtype is None else dtype.value
     options = SuiteOptions(
-        rows=_names(rows), tasks=_names(tasks), seed=seed, jobs=jobs or os.cpu_count() or 1, allow_leakage=allow_leakage
+        rows=_names(rows),
+        tasks=_names(tasks),
+        seed=seed,
+        jobs=jobs or os.cpu_count() or 1,
+        allow_leakage=allow_leakage,
+        explain_users=explain_users if suite is not None else 0,
     )
     if not noise:
         options = dataclasses.replace(options, noise=())
@@ -118,11 +127,12 @@ def _complete_journey(project: Project, options: SuiteOptions, soft_prompts: Pat
     config = project.config
     journey = read_journey(config)
     tasks = journey_tasks(journey, config).select(options.tasks).tasks  # refuses an unknown name before Spark starts
-    if soft_prompts is None and config.model.path is not None and (own := Path(config.model.path) / FOLDER).is_dir():
-        soft_prompts = own
-    if soft_prompts is not None:
-        options = dataclasses.replace(options, soft_prompts=load_soft_prompts(soft_prompts, tasks))
+    _warn_of_old_model(project)
     model = project.load_model()
+    folder = soft_prompts or (Path(config.model.path) / FOLDER if config.model.path is not None else None)
+    if folder is not None and options.wants("ours_fewshot"):
+        prompts = load_soft_prompts(folder, tasks, model, required=soft_prompts is not None)
+        options = dataclasses.replace(options, soft_prompts=prompts)
     history, book = read_extract(config, project.extract(CUT))
     options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
     with StageDisplay() as display:
@@ -168,19 +178,25 @@ def _synthetic(project: Project, as_of: str | None, options: SuiteOptions, json_
     from instructue_feast.evaluation.document import recovery_document
     from instructue_feast.evaluation.extracts import read_extract
     from instructue_feast.evaluation.plots import write_recovery_plot
-    from instructue_feast.evaluation.recovery import read_truth, run_recovery
+    from instructue_feast.evaluation.recovery import read_truth, read_vocabulary, run_recovery
     from instructue_feast.evaluation.report import recovery_markdown
 
     config = project.config
     if config.users is None or config.users.table.path is None:
         raise ConfigError(f"project {config.project} has no users table", "make it with `instructue data synthetic`")
-    truth = read_truth(Path(config.users.table.path).parent / "truth")
+    raw = Path(config.users.table.path).parent
+    truth = read_truth(raw / "truth")
+    vocabulary = read_vocabulary(raw / "vocabulary") if options.wants_attributions else None
     model = project.load_model()
     history, book = read_extract(config, project.extract(parse_as_of(as_of or SYNTHETIC_END)))
     options = dataclasses.replace(options, max_batch_tokens=config.model.max_batch_tokens)
     with StageDisplay() as display:
-        found, seconds = run_recovery(config, model, history, book, truth, options, Steps(display).report)
-    document = recovery_document(found, model, options, users=len(truth.user_ids), seconds=seconds)
+        found, attributions, seconds = run_recovery(
+            config, model, history, book, truth, options, Steps(display).report, vocabulary=vocabulary
+        )
+    document = recovery_document(
+        found, model, options, users=len(truth.user_ids), seconds=seconds, attributions=attributions
+    )
     _write(document, json_path, recovery_markdown, write_recovery_plot)
     print_table(
         "AUC of an interest, linear probe",
@@ -193,26 +209,62 @@ _RECOVERY_ROWS = {"own": "about that interest", "others": "about another interes
 
 
 def _journey_project(folder: Path) -> str:
-    """The whole data set as a project; made when it is not there."""
+    """The whole data set as a project; see `_must_be_made`."""
     from instructue_feast.datasets.complete_journey import NUM_HOUSEHOLDS, write_complete_journey
 
     root = folder / "complete_journey"
-    if not (root / "instructue.yaml").is_file():
+    if _must_be_made(root, "complete_journey"):
         with StageDisplay() as display:
             display.timed("data", lambda: (NUM_HOUSEHOLDS, sum(write_complete_journey(root).rows.values())))
     return str(root / "instructue.yaml")
 
 
 def _synthetic_project(folder: Path) -> str:
-    """A synthetic project; made when it is not there."""
+    """A synthetic project; see `_must_be_made`."""
     from instructue_feast.datasets.project import write_project
 
     root = folder / "synthetic"
-    if not (root / "instructue.yaml").is_file():
+    if _must_be_made(root, "synthetic"):
         arguments = ["--out", str(root), "--users", str(SYNTHETIC_USERS)]
         run_job("instructue_spark.synthetic", arguments, log=root / "logs" / "synthetic.log")
         write_project(root, "synthetic")
     return str(root / "instructue.yaml")
+
+
+def _must_be_made(root: Path, template: str) -> bool:
+    """Whether a suite's own project is missing, or of another version of the package.
+
+    Such a one is moved aside, with whatever was trained in it, but only in `DEFAULT_FOLDER`, which is ours.
+    """
+    from instructue_feast.datasets.project import is_current
+
+    if not (root / "instructue.yaml").is_file():
+        return True
+    if is_current(root, template):
+        return False
+    if root.parent.resolve() != DEFAULT_FOLDER.resolve():
+        err.print(f"[yellow]{root} is of another version of this package; remove it for a new one.[/]", soft_wrap=True)
+        return False
+    old = root.with_name(f"{root.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    try:
+        root.rename(old)
+    except OSError as error:
+        raise StorageError(f"cannot move {root}: {error.strerror}", "remove that folder") from None
+    err.print(f"{root} was of another version of this package: kept as {old}, made again.", soft_wrap=True)
+    return True
+
+
+def _warn_of_old_model(project: Project) -> None:
+    """Says that the project's copy of the trained model is not the one that comes with this package."""
+    from instructue_feast.datasets.project import CHECKPOINT, checkpoint_folder, has_old_checkpoint
+
+    folder = Path(project.file).resolve().parent
+    if project.config.model.path == str(folder / CHECKPOINT) and has_old_checkpoint(folder, "complete_journey"):
+        err.print(
+            f"[yellow]{folder / CHECKPOINT} is older than the model that comes with this package; that one is measured "
+            f"with --model {checkpoint_folder('complete_journey')}[/]",
+            soft_wrap=True,
+        )
 
 
 def _write(

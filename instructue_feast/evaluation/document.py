@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from instructue_feast.evaluation.attributions import MIN_TEXTS, TOP, Attributions
 from instructue_feast.evaluation.metrics import RowScores
 from instructue_feast.evaluation.recovery import Recovery
 from instructue_feast.evaluation.scoring import difference, means
@@ -38,7 +39,8 @@ def suite_document(
 
     Returns:
         `tasks`, `mean`, `mean_unseen` (the rows' mean AUC over all tasks, and over those whose subject was never
-        trained on), `differences`, `paraphrased`, `noise`, `protocol`, `model`, `versions`, `seconds`.
+        trained on), `differences`, `paraphrased`, `noise`, `attributions` if they were checked, `protocol`, `model`,
+        `versions`, `seconds`.
     """
     unseen = [row for row, task in enumerate(result.labelled.tasks) if task.unseen]
     families = sorted({task.family for task in result.labelled.tasks})
@@ -62,7 +64,8 @@ def suite_document(
             "loss": difference(scores, "ours", "ours_paraphrased"),
         },
         "noise": noise_document(result),
-        "protocol": protocol(options),
+        **_section(result.attributions),
+        "protocol": protocol(options) | _words(result.attributions),
         "model": model_document(model),
         "versions": versions(),
         "seconds": result.seconds | {"total": round(sum(result.seconds.values()), 2)},
@@ -70,7 +73,13 @@ def suite_document(
 
 
 def recovery_document(
-    found: Recovery, model: InstructUEModel, options: SuiteOptions, *, users: int, seconds: Mapping[str, float]
+    found: Recovery,
+    model: InstructUEModel,
+    options: SuiteOptions,
+    *,
+    users: int,
+    seconds: Mapping[str, float],
+    attributions: Attributions | None = None,
 ) -> dict[str, Any]:
     """What the synthetic suite measured, as JSON-ready values.
 
@@ -80,12 +89,14 @@ def recovery_document(
         options: How.
         users: How many users.
         seconds: Wall time by step.
+        attributions: What was measured of them.
     """
     return {
         "suite": "synthetic",
         "data": "Made-up users whose interests are known.",
         "users": users,
         **found.document(),
+        **_section(attributions),
         "protocol": {
             "auc": "row: the instruction asks about this interest; column: the probe looks for this one",
             "own": "mean of the diagonal",
@@ -95,11 +106,31 @@ def recovery_document(
                 for name, value in protocol(options).items()
                 if name in ("folds", "intervals", "probe", "seed")
             },
+            **_words(attributions),
         },
         "model": model_document(model),
         "versions": versions(),
         "seconds": dict(seconds) | {"total": round(sum(seconds.values()), 2)},
     }
+
+
+def _section(attributions: Attributions | None) -> dict[str, Any]:
+    return {} if attributions is None else {"attributions": attributions.document()}
+
+
+def _words(attributions: Attributions | None) -> dict[str, str]:
+    if attributions is None:
+        return {}
+    words = {
+        "attributions": "Spearman correlation over a user's texts of the scores by `gates` and by `leave_one_out`; "
+        f"users drawn among those with {MIN_TEXTS} texts or more, instructions in turn"
+    }
+    if attributions.own_interest is not None:
+        words["own_interest"] = (
+            f"share of the {TOP} texts with the highest scores by `gates` that have a word of the interest; users with "
+            "that interest and another one"
+        )
+    return words
 
 
 def task_documents(
@@ -171,10 +202,10 @@ def protocol(options: SuiteOptions) -> dict[str, Any]:
         "intervals": "95%, percentiles of 1,000 bootstrap draws over users, the same draws for every row and task",
         "probe": "standardised, logistic regression, penalty chosen by AUC in 3 inner folds of the training users",
         "gbdt": "LightGBM, 150 trees, learning rate .05, 15 leaves, on hand features",
-        "ours_gbdt": "the same with one more feature: the probe's out-of-fold score of the embedding",
+        "ours_gbdt": "scores of `gbdt` and of the probe, added up by a logistic regression on out-of-fold scores",
         "ours_zeroshot": "cosine to the positive answer minus mean cosine to the others; no labels",
         "ours_mismatched": "the embedding under another task's instruction, a fixed shift of the tasks",
-        "mean_unseen": "tasks whose subject a hash keeps out of training",
+        "mean_unseen": "tasks about a category that a hash keeps out of training",
         "seed": options.seed,
         "noise_levels": list(options.noise),
     }

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from instructue_feast.errors import DataError
 from instructue_feast.evaluation.extracts import Phrasebook
 from instructue_feast.evaluation.tasks import Task
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.soft_prompts import require_model, require_text, vectors_of
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.modeling import InstructUEModel
+from instructue_feast.soft_prompt_file import read_soft_prompt
 
 # U = users, T = tasks, K = distinct instructions, E = embedding size, N = texts, D = encoder size
 
@@ -115,6 +115,14 @@ class TaskEncoder:
             self._table = SoftTokenTable.build(self.model, self.book.text_ids, self.book.source_index, own)
         return self._table
 
+    def embedder(self, soft_prompts: Mapping[str, torch.Tensor] | None = None) -> UserEmbedder:
+        """What embeds users whose texts are in the phrasebook.
+
+        Args:
+            soft_prompts: Tuned `[P, H]` soft prompts by `Instruction.content_hash`.
+        """
+        return UserEmbedder(self.model, self.table, max_batch_tokens=self.max_batch_tokens, soft_prompts=soft_prompts)
+
     def embed(
         self,
         history: PackedHistory,
@@ -151,7 +159,7 @@ class TaskEncoder:
         instructions = [Instruction(f"i{row}", text, soft_prompt=prompt) for row, (text, prompt) in enumerate(wanted)]
         digests = {soft_prompt_digest(one): one for one in prompts.values()}
         tuned = {one.content_hash: digests[one.soft_prompt] for one in instructions if one.soft_prompt}
-        embedder = UserEmbedder(self.model, self.table, max_batch_tokens=self.max_batch_tokens, soft_prompts=tuned)
+        embedder = self.embedder(tuned)
         done = 0
 
         def on_batch(users: int, _tokens: int) -> None:
@@ -197,27 +205,35 @@ def encode_texts(model: InstructUEModel, book: Phrasebook) -> dict[str, Matrix]:
     return vectors
 
 
-def load_soft_prompts(folder: Path, tasks: Sequence[Task]) -> dict[str, torch.Tensor]:
-    """Reads `<task>.safetensors` of each task that has one; each holds one `[P, H]` tensor.
+def load_soft_prompts(
+    folder: Path, tasks: Sequence[Task], model: InstructUEModel, *, required: bool = True
+) -> dict[str, torch.Tensor]:
+    """Reads `<task>.safetensors` of each task that has one.
+
+    Args:
+        folder: Where `instructue tune-instruction` wrote them; need not exist unless `required`.
+        tasks: The tasks, in the words they are asked in.
+        model: The model they must have been tuned with.
+        required: Refuse a folder without any file of these tasks.
+
+    Returns:
+        Tuned `[P, H]` soft prompts by task name; no rows where tuning found nothing better than the words.
 
     Raises:
         DataError: The folder has none for any of the tasks, or a file is damaged or holds something else.
+        VersionMismatchError: A soft prompt was tuned with another model, or for other words than the task's.
     """
     prompts = {}
     for task in tasks:
         file = folder / f"{task.name}.safetensors"
-        if not file.is_file():
-            continue
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"soft prompt {file} cannot be read: {error}", "tune it again") from None
-        if len(tensors) != 1 or (vectors := next(iter(tensors.values()))).dim() != 2:
-            raise DataError(f"soft prompt {file} does not hold one [P, H] tensor", "tune it again")
-        prompts[task.name] = vectors.float()
-    if not prompts:
+        if file.is_file():
+            prompt = read_soft_prompt(str(file))
+            require_text(prompt, Instruction(task.name, task.instruction), str(file))
+            require_model(prompt, model)
+            prompts[task.name] = prompt
+    if required and not prompts:
         raise DataError(
             f"{folder} has no soft prompt of any of {len(tasks)} tasks",
             "name the files <task>.safetensors; `instructue tune-instruction` writes them",
         )
-    return prompts
+    return vectors_of(prompts)

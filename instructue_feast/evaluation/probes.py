@@ -107,25 +107,26 @@ def boosted_trees(train_UX: Matrix, label_U: Labels, test_UX: Matrix) -> Float:
 
 
 def stacked_trees(width: int) -> FitPredict:
-    """Trees on hand features and one more: the linear probe's score of an embedding.
+    """Trees on hand features beside the linear probe of an embedding, added up by a logistic regression.
 
-    The last `width` columns are the embedding. In training the score of a user comes from a probe that has not seen
-    that user, as it will for test users, so the trees learn how far to trust it.
+    The last `width` columns are the embedding. The logistic regression learns how far to trust each from scores of
+    training users by models that have not seen them.
     """
 
     def fit_predict(train_UX: Matrix, label_U: Labels, test_UX: Matrix) -> Float:
-        hand = slice(None, -width)
+        hand, test_hand = train_UX[:, :-width], test_UX[:, :-width]
         own_UX, own_test_UX = _standardise(train_UX[:, -width:], test_UX[:, -width:])
         penalty = [_best_penalty(own_UX, label_U)]
 
         def probe(features_UX: Matrix, labels_U: Labels, others_UX: Matrix) -> Float:
             return _path(features_UX, labels_U, others_UX, penalty)[0]
 
-        inner = out_of_fold(probe, own_UX, label_U, assign_folds(label_U, seed=2))
-        outer = probe(own_UX, label_U, own_test_UX)
-        train = np.column_stack([train_UX[:, hand], inner]).astype(np.float32)
-        test = np.column_stack([test_UX[:, hand], outer]).astype(np.float32)
-        return boosted_trees(train, label_U, test)
+        inner_U = assign_folds(label_U, folds=INNER_FOLDS, seed=2)
+        inner = [out_of_fold(probe, own_UX, label_U, inner_U), out_of_fold(boosted_trees, hand, label_U, inner_U)]
+        outer = [probe(own_UX, label_U, own_test_UX), boosted_trees(hand, label_U, test_hand)]
+        # In units of their spread: log-odds of a probe with a strong penalty are tiny, and the blend has a penalty too.
+        inner_US, outer_US = _standardise(np.column_stack(inner), np.column_stack(outer))
+        return np.asarray(LogisticRegression().fit(inner_US, label_U).decision_function(outer_US), np.float64)
 
     return fit_predict
 

@@ -26,7 +26,8 @@ def in_words_of(
         days: Window of the task; its wording names this one, whatever the window of the question.
 
     Returns:
-        The task with instruction, held-out wording, answers and `unseen` as the question has them.
+        The task with instruction, held-out wording and answers as the question has them. It is `unseen` if its subject
+        is held out; a family without a subject that is held out has near twins which are trained.
     """
     family, _, subject = task.question_id.partition(":")
     specs = config.user_qa.questions if config is not None and config.user_qa is not None else ()
@@ -42,6 +43,6 @@ def in_words_of(
             instruction=draft.wordings[0],
             paraphrase=draft.held_out_wordings[0] if draft.held_out_wordings else task.paraphrase,
             answers=answers,
-            unseen=draft.held_out,
+            unseen=bool(subject) and draft.held_out,
         )
     return task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import DataError
+from instructue_feast.evaluation.attributions import Attributions, measure_agreement, measure_own_interest
 from instructue_feast.evaluation.extracts import Phrasebook, users_in_order
 from instructue_feast.evaluation.metrics import Estimate, Labels
 from instructue_feast.evaluation.ours import TaskEncoder, encode_texts
@@ -112,6 +113,25 @@ def read_truth(folder: Path) -> Truth:
     return Truth(tuple(table["user_id"].to_pylist()), interests, strength_UI)
 
 
+def read_vocabulary(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Reads the raw table `vocabulary` of a synthetic project: the words of each interest.
+
+    Raises:
+        DataError: It is missing, as in a project of an older release, or damaged.
+    """
+    try:
+        table = ds.dataset(folder).to_table(columns=["interest", "word"])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"vocabulary table in {folder} cannot be read: {type(error).__name__}",
+            "write the data set again with `instructue data synthetic`, or pass --explain-users 0",
+        ) from None
+    words: dict[str, list[str]] = {}
+    for row in table.to_pylist():
+        words.setdefault(row["interest"], []).append(row["word"])
+    return {interest: tuple(own) for interest, own in words.items()}
+
+
 def interest_tasks(interests: Sequence[str]) -> list[Task]:
     """One question per interest."""
     return [
@@ -134,7 +154,9 @@ def run_recovery(
     truth: Truth,
     options: SuiteOptions,
     on_step: OnStep | None = None,
-) -> tuple[Recovery, dict[str, float]]:
+    *,
+    vocabulary: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[Recovery, Attributions | None, dict[str, float]]:
     """Embeds synthetic users under one instruction per interest, and probes every interest from each.
 
     Args:
@@ -143,11 +165,12 @@ def run_recovery(
         history: Packed histories of its users.
         book: Their texts.
         truth: What is latent.
-        options: Seed, processes and batch size.
+        options: Seed, processes, batch size, and of how many users attributions are checked.
         on_step: Called as work goes on.
+        vocabulary: Words of each interest; without them, nobody knows which texts are about it.
 
     Returns:
-        What was recovered, and the wall time by step.
+        What was recovered, what was measured of attributions if they were checked, and the wall time by step.
 
     Raises:
         DataError: A user has no packed history.
@@ -160,17 +183,53 @@ def run_recovery(
     with clock.step("event texts"):
         encoder = TaskEncoder(model, book, encode_texts(model, book), options.max_batch_tokens)
     with clock.step("ours"):
-        found = encoder.embed(history, tasks, paraphrased=False, on_users=clock.progress("ours"))
+        embedded = encoder.embed(history, tasks, paraphrased=False, on_users=clock.progress("ours"))
     with clock.step("probes"):
         result = recovery(
-            found.vector_UKE[:, list(found.right)],
-            found.vector_UKE[:, found.none],
+            embedded.vector_UKE[:, list(embedded.right)],
+            embedded.vector_UKE[:, embedded.none],
             truth,
             seed=options.seed,
             jobs=options.jobs,
             on_task=clock.progress("probes"),
         )
-    return result, clock.seconds
+    found = _attributions(encoder, history, tasks, truth, vocabulary, options, clock)
+    return result, found, clock.seconds
+
+
+def _attributions(
+    encoder: TaskEncoder,
+    history: PackedHistory,
+    tasks: Sequence[Task],
+    truth: Truth,
+    vocabulary: Mapping[str, Sequence[str]] | None,
+    options: SuiteOptions,
+    clock: Clock,
+) -> Attributions | None:
+    """Attributions under the interests' instructions, checked against leaving texts out and against the vocabulary."""
+    if not options.wants_attributions:
+        return None
+    texts, embedder = [task.instruction for task in tasks], encoder.embedder()
+    users, seed = options.explain_users, options.seed
+    with clock.step("attributions"):
+        agreement = measure_agreement(
+            embedder, history, texts, users=users, seed=seed, on_users=clock.progress("attributions")
+        )
+    if vocabulary is None:
+        return Attributions(agreement)
+    with clock.step("own interests"):
+        own = measure_own_interest(
+            embedder,
+            history,
+            encoder.book,
+            texts,
+            [vocabulary.get(name, ()) for name in truth.interests],
+            truth.strength_UI,
+            users=users,
+            seed=seed,
+            on_users=clock.progress("own interests"),
+        )
+    return Attributions(agreement, own)
 
 
 def recovery(

@@ -31,6 +31,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     ]
     if document.get("noise"):
         parts += ["", *_noise(document["noise"])]
+    if document.get("attributions"):
+        parts += ["", *_attributions(document["attributions"])]
     parts += ["", "## Protocol", "", *(f"- {name}: {value}" for name, value in document["protocol"].items()), ""]
     return "\n".join(parts)
 
@@ -71,6 +73,8 @@ def recovery_markdown(document: Mapping[str, Any]) -> str:
         f"- interests that their own instruction recovers best: {document['best_is_own']:.0%}",
         "",
     ]
+    if document.get("attributions"):
+        lines += [*_attributions(document["attributions"]), ""]
     return "\n".join(lines)
 
 
@@ -112,6 +116,28 @@ def _noise(noise: Mapping[str, Any]) -> list[str]:
             cells = [_interval(one[kind].get(row), "difference") for one in noise.values()]
             if any(cells):
                 lines.append(_line([f"`{row}`{words}", *cells]))
+    return lines
+
+
+def _attributions(found: Mapping[str, Any]) -> list[str]:
+    agreement, own = found["agreement"], found.get("own_interest")
+    lines = ["## Attributions", ""]
+    if agreement["users"]:
+        lines.append(
+            f"Scores of `explain`, computed quickly (`gates`) and by leaving each text out: rank correlation "
+            f"{_interval(agreement, 'mean')} on average, median {agreement['median']:.3f}, above 0.6 for "
+            f"{agreement['share_above_0.6']:.0%} of {agreement['users']} users, under {agreement['instructions']} "
+            "instructions in turn."
+        )
+    else:
+        lines.append("No user has enough texts to compare quick scores of `explain` with leaving each text out.")
+    if own and own["users"]:
+        lines += [
+            "",
+            f"Of the {own['texts']} texts that score highest, {_interval(own, 'top')} are about the interest that the "
+            f"instruction asks about; of all texts of these {own['users']} users, {_interval(own, 'chance')}: a "
+            f"difference of {_interval(own, 'difference')}.",
+        ]
     return lines
 
 

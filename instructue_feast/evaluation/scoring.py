@@ -36,7 +36,7 @@ class RowInput:
     """What a row of a task is computed from.
 
     Attributes:
-        method: `linear` probe, linear probe on `pca`, `trees`, trees `stacked` on a probe, or `score` as it is.
+        method: `linear` probe, linear probe on `pca`, `trees`, trees and a probe `stacked`, or `score` as it is.
         features: `[U, X]` float32; for `score`, `[U, 1]`.
         embedding: `[U, X]` the probed part of a `stacked` row.
         test: `[U, X]` features of test users, where they differ from those of training users.

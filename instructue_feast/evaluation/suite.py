@@ -14,6 +14,7 @@ import torch
 
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import ConfigError, LeakageError, did_you_mean
+from instructue_feast.evaluation.attributions import Attributions, measure_agreement
 from instructue_feast.evaluation.extracts import Phrasebook, users_in_order
 from instructue_feast.evaluation.journey import Journey, seconds
 from instructue_feast.evaluation.journey_features import HandFeatures, compressed, hand_features
@@ -57,6 +58,7 @@ class SuiteOptions:
         max_batch_tokens: Upper bound on the padded tokens of one forward pass.
         soft_prompts: Tuned `[P, H]` soft prompts by task name, for `ours_fewshot`.
         allow_leakage: Evaluate a model that has seen what comes after the cut.
+        explain_users: Users whose attributions are checked against leaving texts out; 0 for none.
     """
 
     rows: tuple[str, ...] | None = None
@@ -67,8 +69,11 @@ class SuiteOptions:
     max_batch_tokens: int | None = None
     soft_prompts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     allow_leakage: bool = False
+    explain_users: int = 100
 
     def __post_init__(self) -> None:
+        if self.explain_users < 0:
+            raise ConfigError(f"explain_users is {self.explain_users}", "take 0 for none, or a number of users")
         for name in self.rows or ():
             if name not in ROWS:
                 raise ConfigError(f"unknown row {name!r}", did_you_mean(name, ROWS))
@@ -76,6 +81,16 @@ class SuiteOptions:
     def wants(self, *names: str) -> bool:
         """Whether any of these rows is asked for."""
         return self.rows is None or any(name in self.rows for name in names)
+
+    @property
+    def wants_ours(self) -> bool:
+        """Whether any row of our model is asked for."""
+        return self.wants(*(name for name in ROWS if name.startswith("ours")))
+
+    @property
+    def wants_attributions(self) -> bool:
+        """Whether attributions are checked: those of our model, of some users."""
+        return self.explain_users > 0 and self.wants_ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +103,7 @@ class SuiteResult:
         noise: The same under noise, by level.
         mismatch: Whose instruction each task got in the mismatched row.
         seconds: Wall time by step.
+        attributions: How well those agree with leaving texts out; `None` when they were not checked.
     """
 
     labelled: LabelledTasks
@@ -95,6 +111,7 @@ class SuiteResult:
     noise: dict[float, list[dict[str, RowScores]]]
     mismatch: list[int]
     seconds: dict[str, float]
+    attributions: Attributions | None = None
 
 
 def check_leakage(model: InstructUEModel, cut: datetime, *, allow: bool = False) -> None:
@@ -152,7 +169,14 @@ def run_journey_suite(
         scores = bench.score(inputs, "probes")
     levels = options.noise if options.wants("ours", "minilm_events") else ()
     noise = {level: bench.noisy_scores(level, clean, shared.get("minilm_events")) for level in levels}
-    return SuiteResult(labelled=labelled, scores=scores, noise=noise, mismatch=mismatch, seconds=clock.seconds)
+    return SuiteResult(
+        labelled=labelled,
+        scores=scores,
+        noise=noise,
+        mismatch=mismatch,
+        attributions=bench.attributions(),
+        seconds=clock.seconds,
+    )
 
 
 class _Bench:
@@ -175,15 +199,10 @@ class _Bench:
             book = book.with_texts(irrelevant.text_ids, irrelevant.source_index, irrelevant.texts)
         self.book = book
         self.vectors: dict[str, Matrix] = {}
-        if options.wants("minilm_events") or self.wants_ours:
+        if options.wants("minilm_events") or options.wants_ours:
             with clock.step("event texts"):
                 self.vectors = encode_texts(model, book)
         self.encoder = TaskEncoder(model, book, self.vectors, options.max_batch_tokens)
-
-    @property
-    def wants_ours(self) -> bool:
-        """Whether any row of our model is asked for."""
-        return self.options.wants(*(name for name in ROWS if name.startswith("ours")))
 
     def hand_rows(self, hand: HandFeatures) -> dict[str, RowInput]:
         """Trees and linear models on hand features."""
@@ -222,7 +241,7 @@ class _Bench:
 
     def our_rows(self, inputs: Inputs, mismatch: Sequence[int], hand: Matrix) -> TaskEmbeddings | None:
         """Adds the rows of our model to the tasks."""
-        if not self.wants_ours:
+        if not self.options.wants_ours:
             return None
         with self.clock.step("ours"):
             found = self.encoder.embed(
@@ -270,6 +289,21 @@ class _Bench:
                 for own in inputs:
                     _add_noisy(own, "minilm_events", clean_events.features, events)
             return self.score(inputs, step)
+
+    def attributions(self) -> Attributions | None:
+        """Attributions under the instructions of the tasks, checked against leaving texts out."""
+        if not self.options.wants_attributions:
+            return None
+        with self.clock.step("attributions"):
+            found = measure_agreement(
+                self.encoder.embedder(),
+                self.history,
+                [task.instruction for task in self.labelled.tasks],
+                users=self.options.explain_users,
+                seed=self.options.seed,
+                on_users=self.clock.progress("attributions"),
+            )
+        return Attributions(found)
 
     def score(self, inputs: Inputs, step: str) -> list[dict[str, RowScores]]:
         """Scores of every row."""

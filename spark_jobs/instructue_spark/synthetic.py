@@ -2,6 +2,9 @@
 
 Everything is an expression over `xxhash64(seed, purpose, user, number)`, so the same seed gives the same rows however
 Spark cuts the work, and the first N users are the same in every larger set. Nothing runs in Python per row.
+
+Two tables are for evaluation alone: `truth` (`user_id`, `strengths`, `top_interest`, `rhythm`, `cold`) says what is
+latent in a user, `vocabulary` (`interest`, `word`) which texts are about an interest: those that contain a word of it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from instructue_feast.files import replacing
 from instructue_spark.io import spark_errors
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session
-from instructue_spark.synthetic_words import ACTIONS, APP_ACTIONS, BLOCKS, INTERESTS, MODIFIERS, NOISE
+from instructue_spark.synthetic_words import ACTIONS, APP_ACTIONS, BLOCKS, INTERESTS, MODIFIERS, NOISE, vocabulary
 
 END = datetime(2025, 6, 1, tzinfo=UTC)
 RHYTHMS = ("morning", "evening", "weekend")
@@ -72,8 +75,9 @@ def write_synthetic(
     """Writes the raw tables of the synthetic data set to `folder/raw`.
 
     The tables are `bill`, `mini_program`, `spm`, `app`, `search` (events), `tabular` (a snapshot every 30 days),
-    `users` (the roster) and `truth` (what is latent: strength of each interest, rhythm; never an input). Tables that
-    are there already stay until the new ones are complete.
+    `users` (the roster), `truth` (what is latent: strength of each interest, rhythm; never an input) and `vocabulary`
+    (the words of each interest, which say what a text is about; never an input). Tables that are there already stay
+    until the new ones are complete.
 
     Args:
         spark: A session in UTC.
@@ -108,6 +112,7 @@ def write_synthetic(
         "truth": people.select("user_id", "strengths", "top_interest", "rhythm", "cold"),
         **{name: maker.events(people, name) for name in SHARES},
         "tabular": maker.tabular(people),
+        "vocabulary": _vocabulary(spark),
     }
     rows: dict[str, int] = {}
     with replacing(folder / "raw") as scratch, spark_errors():
@@ -116,7 +121,7 @@ def write_synthetic(
                 table.write.parquet((scratch / name).resolve().as_uri())
                 files = (scratch / name).glob("*.parquet")
                 rows[name] = stage.rows_out = sum(pq.read_metadata(file).num_rows for file in files)
-                stage.rows_in = users
+                stage.rows_in = rows[name] if name == "vocabulary" else users
     return {
         "dataset": "synthetic",
         "folder": str(folder),
@@ -341,6 +346,12 @@ _CONTENT: dict[str, Callable[[_Maker, Callable[[str], Column]], dict[str, Column
     "app": _Maker._app,
     "search": _Maker._search,
 }
+
+
+def _vocabulary(spark: SparkSession) -> DataFrame:
+    """One row per interest and word, the words as they stand in event texts, in lower case."""
+    rows = [(interest, word) for interest, words in INTERESTS.items() for word in vocabulary(interest, words)]
+    return spark.createDataFrame(rows, "interest string, word string").coalesce(1)
 
 
 def _pick(values: Sequence[str] | Sequence[int] | Sequence[float], position: Column) -> Column:

@@ -26,6 +26,17 @@ class Words:
     spend: float
 
 
+def vocabulary(interest: str, words: Words) -> tuple[str, ...]:
+    """All words of an interest as they stand in event texts: a page follows its site in the path.
+
+    >>> vocabulary("cars", Words(merchants=("car wash",), services=(), pages=("fines",), apps=(), topics=(), spend=9))
+    ('car wash', 'cars.fines')
+    """
+    pages = tuple(f"{interest}.{page}" for page in words.pages)
+    # A word may serve several sources.
+    return tuple(dict.fromkeys((*words.merchants, *words.services, *pages, *words.apps, *words.topics)))
+
+
 def _words(merchants: str, services: str, pages: str, apps: str, topics: str, spend: float) -> Words:
     lists = (tuple(text.split(", ")) for text in (merchants, services, pages, apps, topics))
     one, two, three, four, five = lists

@@ -294,5 +294,6 @@ def test_writing_again_replaces_the_tables(tmp_path: Path) -> None:
     summary = write_complete_journey(tmp_path, households=1)
     assert raw(summary, "users").num_rows == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "definitions.py", "feature_store.yaml", "instructue.yaml", "models", "raw", "user_qa.yaml",
+        ".instructue-project", "definitions.py", "feature_store.yaml", "instructue.yaml", "models", "raw",
+        "user_qa.yaml",
     ]  # fmt: skip

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from instructue_feast.config import load_config
-from instructue_feast.datasets.project import CHECKPOINT, TEMPLATES, project_files, render_config, write_project
+from instructue_feast.datasets import project
+from instructue_feast.datasets.project import (
+    CHECKPOINT,
+    STAMP,
+    TEMPLATES,
+    checkpoint_folder,
+    has_old_checkpoint,
+    is_current,
+    project_files,
+    read_stamp,
+    render_config,
+    write_project,
+)
 from instructue_feast.errors import ConfigError, StorageError
 from instructue_feast.files import replacing
 from instructue_feast.model.factory import load_model
+from instructue_feast.training.settings import read_settings
 
 FEATURE_REPO = Path(__file__).parents[2] / "feature_repo"
 
 
 @pytest.mark.parametrize("name", ["instructue.yaml", "user_qa.yaml", "feature_store.yaml", "definitions.py"])
 def test_the_feature_repo_is_the_template_pointed_at_the_demo(name: str) -> None:
-    checkpoint = "../instructue_feast/datasets/checkpoints/complete_journey"
-    files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output", model=checkpoint)
+    files = project_files("complete_journey", raw="../build/demo/raw", output="../build/demo/output", model=None)
     assert (FEATURE_REPO / name).read_text(encoding="utf-8") == files[name]
+
+
+def test_a_copy_of_the_feature_repo_needs_nothing_beside_it(tmp_path: Path) -> None:
+    shutil.copytree(FEATURE_REPO, tmp_path / "mine", ignore=shutil.ignore_patterns("data"))
+    config = load_config(tmp_path / "mine" / "instructue.yaml")
+    assert config.model.path is None  # a model of other sources would not fit
+    assert config.user_qa is not None
+    settings = read_settings(tmp_path / "mine" / "training.yaml")
+    assert (settings.data_name, settings.data_terms) == ("", "")
+
+
+def test_the_command_that_trained_the_shipped_model_names_its_data_and_can_be_repeated(tmp_path: Path) -> None:
+    notes = re.findall(r"^#(.*)$", (FEATURE_REPO / "training.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    command = "\n".join(notes).partition("instructue train")[2].partition("\n\n")[0]
+    commands = shlex.split(command.replace("\\\n", ""))
+    changes = [after for before, after in itertools.pairwise(commands) if before == "--set"]
+    settings = read_settings(FEATURE_REPO / "training.yaml", changes)
+    folder = checkpoint_folder("complete_journey")
+    assert folder is not None
+    shipped = json.loads((folder / "training.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings.data_name, settings.data_terms) == (shipped["data_name"], shipped["data_terms"])
+    write_project(tmp_path, "complete_journey")
+    assert not (tmp_path / commands[commands.index("--out") + 1]).exists()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -63,7 +103,7 @@ def test_a_config_somebody_changed_is_kept_beside_the_new_one(tmp_path: Path) ->
     assert (tmp_path / "instructue.yaml.bak").read_text(encoding="utf-8") == "project: mine\n"
     assert config.read_text(encoding="utf-8") == render_config("synthetic")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "definitions.py", "feature_store.yaml", "instructue.yaml", "instructue.yaml.bak", "user_qa.yaml",
+        STAMP, "definitions.py", "feature_store.yaml", "instructue.yaml", "instructue.yaml.bak", "user_qa.yaml",
     ]  # fmt: skip
 
 
@@ -103,6 +143,46 @@ def test_a_project_gets_its_own_copy_of_the_trained_model_and_keeps_what_is_ther
     write_project(tmp_path, "complete_journey")
     assert weights.read_bytes() == b"retrained"
     assert load_config(write_project(tmp_path / "synthetic", "synthetic")).model.path is None
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_project_knows_whether_this_package_wrote_it(tmp_path: Path, template: str) -> None:
+    assert not is_current(tmp_path, template)
+    write_project(tmp_path, template)
+    assert is_current(tmp_path, template)
+    stamp = read_stamp(tmp_path)
+    for other in ({"data": "of another release"}, {"checkpoint": "of another release"}):
+        (tmp_path / STAMP).write_text(json.dumps(stamp | other), encoding="utf-8")
+        assert not is_current(tmp_path, template)
+    (tmp_path / STAMP).write_text("{", encoding="utf-8")  # cut short
+    assert not is_current(tmp_path, template)
+
+
+def test_an_old_copy_of_the_model_is_told_from_a_model_that_was_trained_there(tmp_path: Path) -> None:
+    write_project(tmp_path, "complete_journey")
+    assert not has_old_checkpoint(tmp_path, "complete_journey")
+    weights = tmp_path / CHECKPOINT / "model.safetensors"
+    weights.write_bytes(b"other weights")
+    assert not has_old_checkpoint(tmp_path, "complete_journey")  # they are not those the project got
+    (tmp_path / STAMP).unlink()  # as an older package left it
+    assert has_old_checkpoint(tmp_path, "complete_journey")
+    write_project(tmp_path, "complete_journey")
+    assert has_old_checkpoint(tmp_path, "complete_journey")
+    assert not is_current(tmp_path, "complete_journey")
+    shutil.rmtree(tmp_path / CHECKPOINT)
+    write_project(tmp_path, "complete_journey")
+    assert not has_old_checkpoint(tmp_path, "complete_journey")
+    assert is_current(tmp_path, "complete_journey")
+
+
+def test_a_copy_that_an_older_package_noted_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = tmp_path / "newer"
+    write_project(tmp_path / "project", "complete_journey")
+    shutil.copytree(tmp_path / "project" / CHECKPOINT, newer)
+    (newer / "model.safetensors").write_bytes(b"better weights")
+    monkeypatch.setattr(project, "checkpoint_folder", lambda _template: newer)
+    assert has_old_checkpoint(tmp_path / "project", "complete_journey")
+    assert not is_current(tmp_path / "project", "complete_journey")
 
 
 def _write_half(target: Path) -> None:

@@ -5,13 +5,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from instructue_feast.errors import DataError, LeakageError
+from instructue_feast.errors import DataError, LeakageError, VersionMismatchError
 from instructue_feast.evaluation.ours import TaskEncoder, derangement, encode_texts, load_soft_prompts
 from instructue_feast.evaluation.suite import check_leakage
 from instructue_feast.evaluation.tasks import Task
 from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.soft_prompts import model_digest, save_soft_prompt
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
+from instructue_feast.soft_prompt_file import SoftPrompt
 from tests.evaluation.small import AS_OF, small_book, small_history
 
 
@@ -123,21 +125,60 @@ def test_shared_texts_are_encoded_once(model):
     np.testing.assert_allclose(vectors[doubled.rows(book.text_ids)], encoder.encode(book.texts), atol=1e-6)
 
 
-def test_soft_prompts_are_read_by_task_name(tmp_path):
-    save_file({"vectors": torch.ones(3, 8)}, tmp_path / "tea.safetensors")
-    save_file({"vectors": torch.ones(3, 8)}, tmp_path / "unrelated.safetensors")
-    assert list(load_soft_prompts(tmp_path, TASKS)) == ["tea"]
+def tune(folder, model, one, *, words=None, value=1.0):
+    """What `instructue tune-instruction` leaves for a task."""
+    vectors = np.full((3, model.config.hidden_size), value, np.float32)
+    prompt = SoftPrompt(
+        vectors=vectors, instruction_id=one.name, text=words or one.instruction, model_digest=model_digest(model),
+        labels={"shots": 4, "positive": 2}, metrics={},
+    )  # fmt: skip
+    save_soft_prompt(prompt, folder / f"{one.name}.safetensors")
 
 
-def test_soft_prompts_that_are_not_there_or_damaged_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no soft prompt of any of 3 tasks"):
-        load_soft_prompts(tmp_path, TASKS)
-    save_file({"a": torch.ones(3, 8), "b": torch.ones(2, 8)}, tmp_path / "tea.safetensors")
-    with pytest.raises(DataError, match="does not hold one"):
-        load_soft_prompts(tmp_path, TASKS)
-    (tmp_path / "tea.safetensors").write_bytes(b"pickle")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_soft_prompts(tmp_path, TASKS)
+def test_soft_prompts_are_read_by_task_name(model, tmp_path):
+    tune(tmp_path, model, TASKS[0])
+    tune(tmp_path, model, task("unrelated"))
+    found = load_soft_prompts(tmp_path, TASKS, model)
+    assert list(found) == ["tea"]
+    assert torch.equal(found["tea"], torch.ones(3, model.config.hidden_size))
+
+
+def test_a_folder_without_soft_prompts_of_the_tasks_is_refused_only_when_they_are_required(model, tmp_path):
+    tune(tmp_path, model, task("unrelated"))
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert load_soft_prompts(folder, TASKS, model, required=False) == {}
+        with pytest.raises(DataError, match="no soft prompt of any of 3 tasks"):
+            load_soft_prompts(folder, TASKS, model)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_soft_prompts_of_another_model_or_of_other_words_are_refused(model, tmp_path, required):
+    tune(tmp_path, model, TASKS[0], words="Is this about coffee?")
+    with pytest.raises(
+        VersionMismatchError, match=r"tea\.safetensors was tuned for the words 'Is this about coffee\?'"
+    ):
+        load_soft_prompts(tmp_path, TASKS, model, required=required)
+    tune(tmp_path, model, TASKS[0])
+    with torch.no_grad():
+        next(iter(model.own_state().values())).add_(1)
+    with pytest.raises(VersionMismatchError, match="'tea' was tuned with model"):
+        load_soft_prompts(tmp_path, TASKS, model, required=required)
+
+
+def test_damaged_soft_prompts_are_refused(model, tmp_path):
+    file = tmp_path / "tea.safetensors"
+    save_file({"a": torch.ones(3, 8)}, file)
+    with pytest.raises(DataError, match="damaged or something else"):
+        load_soft_prompts(tmp_path, TASKS, model)
+    file.write_bytes(b"pickle")
+    with pytest.raises(DataError, match="damaged or something else"):
+        load_soft_prompts(tmp_path, TASKS, model)
+    tune(tmp_path, model, TASKS[0])
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="the values are not those it was saved with"):
+        load_soft_prompts(tmp_path, TASKS, model)
 
 
 def test_a_model_that_has_seen_the_future_is_refused(model):

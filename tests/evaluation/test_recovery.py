@@ -7,7 +7,7 @@ import pytest
 
 from instructue_feast.errors import DataError
 from instructue_feast.evaluation.plots import write_recovery_plot
-from instructue_feast.evaluation.recovery import Truth, interest_tasks, read_truth, recovery
+from instructue_feast.evaluation.recovery import Truth, interest_tasks, read_truth, read_vocabulary, recovery
 
 INTERESTS = ("travel", "cooking", "cars")
 
@@ -74,6 +74,19 @@ def test_a_missing_truth_table_says_how_to_write_it(tmp_path):
     with pytest.raises(DataError, match="truth table") as caught:
         read_truth(tmp_path / "none")
     assert "instructue data synthetic" in caught.value.hint
+
+
+def test_the_vocabulary_is_read_by_interest(tmp_path):
+    rows = [("travel", "hotel"), ("cars", "petrol station"), ("travel", "travel.visa")]
+    pq.write_table(pa.table(list(zip(*rows, strict=True)), names=["interest", "word"]), tmp_path / "part-0.parquet")
+    assert read_vocabulary(tmp_path) == {"travel": ("hotel", "travel.visa"), "cars": ("petrol station",)}
+
+
+def test_a_project_without_vocabulary_is_to_be_written_again(tmp_path):
+    with pytest.raises(DataError, match="vocabulary table") as caught:
+        read_vocabulary(tmp_path / "none")
+    assert "again with `instructue data synthetic`" in caught.value.hint
+    assert "--explain-users 0" in caught.value.hint
 
 
 def test_there_is_one_question_per_interest():

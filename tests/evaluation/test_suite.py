@@ -36,10 +36,11 @@ def inputs(config, model):
 def document(inputs):
     config, journey, model, history, book = inputs
     steps = []
-    options = SuiteOptions(tasks=TASKS, noise=(1.0,))
+    options = SuiteOptions(tasks=TASKS, noise=(1.0,), explain_users=3)
     result = run_journey_suite(config, journey, model, history, book, options, lambda *step: steps.append(step))
     assert ("ours", len(result.labelled.user_ids), len(result.labelled.user_ids)) in steps
     assert ("probes", 2, 2) in steps
+    assert ("attributions", 3, 3) in steps
     found = suite_document(result, model, options, suite="complete-journey", data="Made up.")
     return json.loads(json.dumps(found, allow_nan=False))
 
@@ -66,6 +67,10 @@ def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
     drop = document["noise"]["1"]["drop"]["ours"]["difference"]
     noisy = document["noise"]["1"]["mean"]["ours"]["auc"]
     assert drop == pytest.approx(document["mean"]["ours"]["auc"] - noisy, abs=1e-4)
+    agreement = document["attributions"]["agreement"]
+    assert (agreement["users"], agreement["instructions"]) == (3, 2)
+    assert agreement["mean_low"] <= agreement["mean"] <= agreement["mean_high"] <= 1
+    assert "leave_one_out" in document["protocol"]["attributions"]
     assert document["model"]["trained"] is False
     assert document["seconds"]["total"] > 0
 
@@ -73,6 +78,7 @@ def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
     assert "`ours_mismatched`" in text
     assert "buys_vitamins †" in text
     assert "100% added" in text
+    assert "of 3 users, under 2 instructions in turn" in text
     names = [file.name for file in write_plots(document, tmp_path / "cj")]
     assert names == ["cj-means.png", "cj-tasks.png", "cj-instructions.png", "cj-noise.png"]
     assert all((tmp_path / name).stat().st_size > 5_000 for name in names)
@@ -80,19 +86,28 @@ def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
 
 def test_only_the_rows_asked_for_are_computed(inputs):
     config, journey, model, history, book = inputs
-    options = SuiteOptions(rows=("logreg", "ours"), tasks=TASKS[:1], noise=())
+    options = SuiteOptions(rows=("logreg", "ours"), tasks=TASKS[:1], noise=(), explain_users=0)
     result = run_journey_suite(config, journey, model, history, book, options)
     assert set(result.scores[0]) == {"logreg", "ours"}
     found = suite_document(result, model, options, suite="complete-journey", data="")
     assert found["mean_unseen"] == {}
     assert set(found["differences"]) == {"ours-logreg"}
-    assert markdown(found)
+    assert not {"attributions"} & {*found, *found["protocol"], *found["seconds"]}
+    assert "Attributions" not in markdown(found)
+
+
+def test_attributions_are_those_of_our_model(inputs):
+    config, journey, model, history, book = inputs
+    options = SuiteOptions(rows=("logreg",), tasks=TASKS[:1], noise=(), explain_users=3)
+    assert run_journey_suite(config, journey, model, history, book, options).attributions is None
 
 
 def test_an_unknown_row_or_task_names_those_there_are(inputs):
     with pytest.raises(ConfigError, match="unknown row 'ourz'") as caught:
         SuiteOptions(rows=("ourz",))
     assert "ours" in caught.value.hint
+    with pytest.raises(ConfigError, match="explain_users is -1"):
+        SuiteOptions(explain_users=-1)
     config, journey, model, history, book = inputs
     with pytest.raises(ConfigError, match="unknown task"):
         run_journey_suite(config, journey, model, history, book, SuiteOptions(tasks=("nope",)))

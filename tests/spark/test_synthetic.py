@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_the_same_seed_gives_the_same_rows_however_spark_cuts_the_work(
     spark: SparkSession, tmp_path: Path, tables: Tables
 ) -> None:
     write_synthetic(spark, tmp_path, users=200, seed=7, days=DAYS, partitions=7)
-    for name, table in read(tmp_path).items():
+    found = read(tmp_path)
+    assert found.pop("vocabulary").equals(tables["vocabulary"])
+    for name, table in found.items():
         assert sorted_rows(table, USERS) == sorted_rows(tables[name], 200), name
         assert table.num_rows > 150
 
@@ -75,7 +78,7 @@ def other(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_another_seed_gives_other_rows(tables: Tables, other: tuple[Path, dict[str, Any], str]) -> None:
     for name, table in read(other[0]).items():
-        if name != "users":
+        if name not in ("users", "vocabulary"):
             assert not set(sorted_rows(table, 200)) & set(sorted_rows(tables[name], 200)), name
 
 
@@ -147,6 +150,33 @@ def test_what_users_do_follows_their_interests(tables: Tables) -> None:
         top[row["user_id"]] == row["page_path"].split(".")[0] for row in tables["spm"].to_pylist() if row["user_id"]
     )
     assert sites[True] / sites.total() > 0.35
+
+
+def test_the_vocabulary_says_what_an_event_is_about(tables: Tables) -> None:
+    rows = tables["vocabulary"].to_pylist()
+    words: dict[str, list[str]] = {}
+    for row in rows:
+        words.setdefault(row["interest"], []).append(row["word"])
+    assert list(words) == list(INTERESTS)
+    assert all(len(own) == len(set(own)) > 20 for own in words.values())
+    assert all(row["word"] == row["word"].lower() for row in rows)
+
+    @cache
+    def about(text: str) -> set[str]:
+        return {interest for interest, own in words.items() if any(word in text for word in own)}
+
+    for row in tables["bill"].to_pylist():
+        interest = interest_of("bill", row)
+        assert (interest in about(row["merchant_category"])) == (interest != "noise"), row
+    for row in tables["spm"].to_pylist():
+        site = row["page_path"].split(".")[0]
+        assert about(row["page_path"]) == ({site} if site != "main" else set()), row
+    # Whatever somebody does has words for it; a hotel for pets is a hotel, so a few texts are about two interests.
+    for name, column in (("mini_program", "service"), ("app", "app_name"), ("search", "query")):
+        found = Counter(len(about(text)) for text in tables[name][column].to_pylist())
+        assert set(found) <= {0, 1, 2}
+        assert 0.25 < found[0] / found.total() < 0.35  # noise
+        assert found[2] / found.total() < 0.05
 
 
 def test_strengths_say_how_often_an_interest_shows(tables: Tables) -> None:
