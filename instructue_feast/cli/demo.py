@@ -17,6 +17,7 @@ from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, InvalidEmbeddingError
 from instructue_feast.runs.store import OutputStore
 
+TEMPLATE = "complete_journey"
 DATASET = "The Complete Journey (84.51°, 2017)"
 LOOKUPS = 200
 MARKER = ".instructue-demo"
@@ -43,14 +44,18 @@ def demo(
 
 def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
     """Runs every stage from nothing and returns what `report.json` holds."""
+    from instructue_feast.cli.demo_quality import read_quality
     from instructue_feast.cli.demo_report import write_report
     from instructue_feast.datasets.complete_journey import DEMO_AS_OF, write_complete_journey
+    from instructue_feast.datasets.project import checkpoint_folder
     from instructue_feast.feature_store.lookup import UserEmbeddings
     from instructue_feast.feature_store.materialize import apply_repo, materialize
 
     if not quiet:
         err.print(f"[bold]{DATASET}[/]: {households} households, as of {DEMO_AS_OF}")
     _start_from_nothing(folder)
+    checkpoint = checkpoint_folder(TEMPLATE)
+    quality = None if checkpoint is None else read_quality(checkpoint)  # first, as it may fail
     stages: list[StageResult] = []
     with StageDisplay(quiet=quiet) as display:
 
@@ -79,7 +84,7 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
             return lookup["users"], lookup["found"]
 
         stages.append(display.timed("lookup", look_up))
-    example = write_report(folder, job, stages, lookup)
+    example = write_report(folder, job, stages, lookup, quality)
     report = {
         "dataset": DATASET,
         "users": run["users"],
@@ -110,16 +115,20 @@ def run_demo(folder: Path, households: int, *, quiet: bool) -> dict[str, Any]:
 def _start_from_nothing(folder: Path) -> None:
     """Removes what an earlier demo made, so that figures can be compared, and nothing else.
 
+    Of `models/` only the checkpoint goes: what a user trained beside it stays.
+
     Raises:
         ConfigError: The folder holds something that no demo made.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise ConfigError(f"{folder} holds files that no demo made", "choose an empty or new folder with --out")
+    from instructue_feast.datasets.project import CHECKPOINT
+
     store = OutputStore(str(folder))
-    for old in ("output", "data", "models"):
+    for old in ("output", "data", CHECKPOINT):
         store.remove(old)
     folder.mkdir(parents=True, exist_ok=True)
-    note = "`instructue demo` may remove output/, data/ and models/ in this folder.\n"
+    note = f"`instructue demo` may remove output/, data/ and {CHECKPOINT}/ in this folder.\n"
     (folder / MARKER).write_text(note, encoding="utf-8")
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
-import json
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -14,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instructue_feast.cli.explain import event_rows, events_figure
+from instructue_feast.cli.demo_quality import Quality
+from instructue_feast.cli.explain_view import event_rows, events_figure
 from instructue_feast.cli.jobs import JobResult, StageResult
+from instructue_feast.cli.pictures import figure_class, inlined
 from instructue_feast.config import InstructueConfig, load_config
-from instructue_feast.errors import DataError
 from instructue_feast.evaluation.extracts import Phrasebook, read_extract
-from instructue_feast.evaluation.plots import instructions_figure
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES
 from instructue_feast.history.pack import PackedHistory
@@ -34,15 +31,22 @@ from instructue_feast.template import bucket_labels
 PARITY_USERS = 20
 NEIGHBOURS = 5
 WHY_EVENTS = 10
-EVALUATION = "evaluation.json"
-"""In a model's folder: what `instructue eval` measured of it."""
 MIN_HEAD = 4
 """A user's favourite must stand in this many distinct texts, so that a single odd purchase does not count."""
 _COLOURS = ("#1b6ca8", "#c8553d", "#4c956c", "#8d6a9f", "#b58900", "#5c6b73")
 
 
-def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup: dict[str, Any]) -> dict[str, Any]:
+def write_report(
+    folder: Path, job: JobResult, stages: list[StageResult], lookup: dict[str, Any], quality: Quality | None
+) -> dict[str, Any]:
     """Writes `report.html` and checks online against direct encoding on the way.
+
+    Args:
+        folder: The demo's folder.
+        job: The backfill.
+        stages: All stages.
+        lookup: What was measured of the online store.
+        quality: What was measured of the model; None leaves the section out.
 
     Returns:
         `user`, the example user, and `parity` with `users` and `max_difference`.
@@ -67,7 +71,6 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
     )
     check_run_model(store, run["run_id"], config, embedder)
     parity = _parity(embedder, config, names, history, folder)
-    quality = _quality(config, embedder)
     page = environment.from_string(source).render(
         run=run,
         extract=extract,
@@ -79,7 +82,6 @@ def write_report(folder: Path, job: JobResult, stages: list[StageResult], lookup
         sections=_sections(config, history, example, texts),
         why=_why(embedder, config, names, history.take([example]), book),
         quality=quality,
-        instructions_picture=_png(instructions_figure(quality)) if quality else "",
         scatters=[(one, _scatter(vectors[one["id"]], users, top)) for one in run["instructions"]],
         neighbours=[
             (one, _neighbours(vectors[one["id"]], users, history.user_ids[example], top)) for one in run["instructions"]
@@ -156,18 +158,14 @@ def _range(low: int, high: int | None, sign: str) -> str:
 
 def _scatter(vectors: npt.NDArray[np.float32], users: list[str], favourite: dict[str, str]) -> str:
     """Two principal components of the users' embeddings, coloured by what they buy most; PNG as base64."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     centred = vectors - vectors.mean(axis=0)
     _, scale, basis = np.linalg.svd(centred, full_matrices=False)
     points = centred @ basis[:2].T
     explained = 100 * (scale[:2] ** 2).sum() / max(float((scale**2).sum()), 1e-12)
     groups = [favourite[user] for user in users]
     shown = [name for name, _ in Counter(groups).most_common(len(_COLOURS) - 1)]
-    figure, axes = plt.subplots(figsize=(4.6, 4.0), dpi=110)
+    figure = figure_class()(figsize=(4.6, 4.0), layout="tight")
+    axes = figure.subplots()
     for name, colour in zip([*shown, None], _COLOURS, strict=False):
         rows = [row for row, group in enumerate(groups) if (group == name if name else group not in shown)]
         if rows:
@@ -175,11 +173,9 @@ def _scatter(vectors: npt.NDArray[np.float32], users: list[str], favourite: dict
     axes.set_title(f"first two components, {explained:.0f} % of the variance", fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(fontsize=7, frameon=False, loc="best")
-    figure.tight_layout()
-    picture = _png(figure)
-    plt.close(figure)
-    return picture
+    for text in axes.legend(fontsize=7, frameon=False, loc="best").get_texts():
+        text.set_parse_math(False)  # words of the shop, not formulas
+    return inlined(figure)
 
 
 def _neighbours(
@@ -212,25 +208,4 @@ def _why(
     for instruction in config.registry().select(list(dict.fromkeys((names[0], names[-1])))):
         (found,) = explain(embedder, user, instruction)
         rows[instruction.id] = event_rows(config.source_names, user, book, found, WHY_EVENTS)
-    return _png(events_figure(rows))
-
-
-def _quality(config: InstructueConfig, embedder: UserEmbedder) -> dict[str, Any] | None:
-    """What `instructue eval` measured of this very model; None where the model brings no evaluation.
-
-    Raises:
-        DataError: The evaluation in the model's folder is of other weights.
-    """
-    file = Path(config.model.path or "") / EVALUATION
-    if config.model.path is None or not file.is_file():
-        return None
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if document["model"]["weights_digest"] != embedder.model.weights_digest():
-        raise DataError(f"{file} was measured on other weights", "evaluate the model again, or remove the file")
-    return document
-
-
-def _png(figure: Any) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(stream.getvalue()).decode()
+    return inlined(events_figure(rows))

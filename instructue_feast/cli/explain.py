@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from instructue_feast.cli.console import DEFAULT_CONFIG, ConfigOption, JsonOption, err, out, print_json, print_table
+from instructue_feast.cli.explain_view import event_rows, events_figure
+from instructue_feast.cli.pictures import check_picture, save_picture
 from instructue_feast.cli.project import Project, read_user, soft_tokens_of
-from instructue_feast.errors import ConfigError, MissingDependencyError, StorageError
-from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES
+from instructue_feast.errors import ConfigError
 from instructue_feast.runs.manifest import parse_as_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from instructue_feast.evaluation.extracts import Phrasebook
     from instructue_feast.history.pack import PackedHistory
     from instructue_feast.inference.embedder import UserEmbedder
-    from instructue_feast.inference.explain import Attribution
     from instructue_feast.instructions import Instruction
 
 
@@ -56,6 +54,8 @@ def explain(
     """
     if run_id is not None and (model is not None or as_of is not None):
         raise ConfigError("--run brings its own model and as_of", "drop --model and --as-of")
+    if picture is not None:
+        check_picture(picture)
     import instructue_feast.inference.explain as explaining
 
     project = Project.open(config, model)
@@ -71,15 +71,16 @@ def explain(
     names = project.config.source_names
     rows = {name: event_rows(names, history, book, one, top) for name, one in found.items()}
     if picture is not None:
-        _save(rows, picture, answer)
+        save_picture(events_figure(rows, answer), picture)
+        err.print(f"wrote {picture}", soft_wrap=True)
     if as_json:
         print_json({"user": user, "method": method.value, "answer": answer, "instructions": rows})
         return
-    towards = f"towards {answer!r}" if answer else "away from a user without events"
+    towards = escape(f"towards {answer!r}") if answer else "away from a user without events"
     for name, own in rows.items():
         title = f"{name}: {len(found[name].scores)} texts, score {towards}"
         columns = ["event", "source", "times", "last seen", "score", "share of focus"]
-        cells = [[row["text"], row["source"], row["times"], row["last_seen"], f"{row['score']:+.4f}",
+        cells = [[escape(row["text"]), row["source"], row["times"], row["last_seen"], f"{row['score']:+.4f}",
                   f"{row['focus']:.1%}"] for row in own]  # fmt: skip
         print_table(title, columns, cells)
     if not any(rows.values()):
@@ -106,100 +107,3 @@ def _open(
     model = project.load_model()
     prompts = vectors_of(soft_prompts_of(config, instructions, model))
     return UserEmbedder(model, soft_tokens_of(model, book, history), soft_prompts=prompts), history, book
-
-
-def event_rows(
-    source_names: Sequence[str], history: PackedHistory, book: Phrasebook, found: Attribution, top: int
-) -> list[dict[str, Any]]:
-    """The texts of one user that move the embedding most, either way, in words.
-
-    Args:
-        source_names: The project's sources.
-        history: Packed history of the user alone.
-        book: Where its texts are.
-        found: The user's attribution.
-        top: How many texts.
-    """
-    texts = [book.texts[row] for row in book.rows(found.text_ids)]
-    order = sorted(range(len(texts)), key=lambda place: -abs(float(found.scores[place])))[:top]
-    return [
-        {
-            "text": texts[place],
-            "source": source_names[history.source_index[place]],
-            "times": count_words(int(history.count_bucket[place])),
-            "last_seen": age_words(int(history.age_bucket[place])),
-            "score": float(found.scores[place]),
-            "focus": float(found.focus_weights[place]),
-        }
-        for place in order
-    ]
-
-
-def count_words(bucket: int) -> str:
-    """A count bucket in words.
-
-    >>> [count_words(bucket) for bucket in (0, 2, 11)]
-    ['1', '3-4', '1000+']
-    """
-    return _range((1, *COUNT_EDGES), bucket)
-
-
-def age_words(bucket: int) -> str:
-    """An age bucket in words.
-
-    >>> [age_words(bucket) for bucket in (0, 1, 4, 14)]
-    ['today', '1 day ago', '5-6 days ago', '365+ days ago']
-    """
-    if bucket == 0:
-        return "today"
-    words = _range((0, *AGE_EDGES_DAYS), bucket)
-    return f"{words} {'day' if words == '1' else 'days'} ago"
-
-
-def _range(edges: tuple[int, ...], bucket: int) -> str:
-    first = edges[bucket]
-    if bucket + 1 == len(edges):
-        return f"{first}+"
-    last = edges[bucket + 1] - 1
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def events_figure(rows: Mapping[str, list[dict[str, Any]]], answer: str = "") -> Figure:
-    """Bars of scores, one panel per instruction.
-
-    Args:
-        rows: `event_rows` by instruction.
-        answer: The answer the scores speak for, if one was named.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("a picture needs matplotlib", "pip install 'instructue-feast[demo]'") from None
-    height = max(2.5, 0.4 * max(map(len, rows.values()), default=1) + 1.2)
-    figure = Figure(figsize=(7.5 * len(rows), height), layout="constrained")
-    for axis, (name, own) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
-        scores = [row["score"] for row in own][::-1]
-        colours = ["#2166ac" if score >= 0 else "#b2182b" for score in scores]
-        axis.barh(range(len(own)), scores, color=colours)
-        labels = [f"{row['text'][:48]} ({row['source']}, {row['times']}x)" for row in own][::-1]
-        axis.set_yticks(range(len(own)), labels, fontsize=9)
-        axis.axvline(0, color="#555555", linewidth=0.8)
-        axis.set_title(name)
-        axis.locator_params(axis="x", nbins=5)
-        axis.set_xlabel(f"score towards {answer!r}" if answer else "score: what leaving it out takes back")
-        for side in ("top", "right", "left"):
-            axis.spines[side].set_visible(False)
-    return figure
-
-
-def _save(rows: Mapping[str, list[dict[str, Any]]], file: Path, answer: str) -> None:
-    figure = events_figure(rows, answer)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write {file}: {error}", "name a .png, .svg or .pdf file") from None
-    err.print(f"wrote {file}", soft_wrap=True)

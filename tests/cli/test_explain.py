@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from instructue_feast.cli.explain import age_words, count_words
+from instructue_feast.cli.explain_view import age_words, count_words, events_figure
 from instructue_feast.cli.main import main
+from instructue_feast.cli.pictures import save_picture
+from instructue_feast.errors import StorageError
 from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES, NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS, bucketize
 from tests.evaluation.small import small_book, small_history, small_project
 
@@ -74,6 +76,62 @@ def test_calls_that_make_no_sense_are_refused(project, capsys):
     assert "did you mean taste" in capsys.readouterr().err
     assert explain(project, "--user", USER, "--instruction", "churn", "--run", "x", "--as-of", "y") == 2
     assert "drop --model and --as-of" in capsys.readouterr().err
+
+
+DOLLARS = ("$10% off $20", "chips $2 to $5", "\\$5 coupon, a_b^c")
+
+
+def rows_of(texts):
+    return [
+        {"text": text, "source": "bill", "times": "1", "last_seen": "today", "score": 0.1, "focus": 0.5}
+        for text in texts
+    ]
+
+
+def test_dollars_in_event_texts_are_drawn_as_they_are(tmp_path):
+    figure = events_figure({"deals for $5 to $10%": rows_of(DOLLARS)}, answer="Yes, $10% off $20.")
+    save_picture(figure, tmp_path / "why.png")
+    (axis,) = figure.axes
+    labels = axis.get_yticklabels()
+    assert [one.get_text() for one in labels] == [f"{text} (bill, 1x)" for text in reversed(DOLLARS)]
+    for text in (*labels, axis.title, axis.xaxis.label):
+        assert not text.get_parse_math()
+
+
+def test_what_cannot_be_drawn_is_not_repeated(tmp_path, monkeypatch):
+    figure = events_figure({"churn": rows_of(DOLLARS)})
+
+    def savefig(*_, **__):
+        raise ValueError(DOLLARS[0])
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+    with pytest.raises(StorageError, match="ValueError in matplotlib") as error:
+        save_picture(figure, tmp_path / "why.png")
+    assert DOLLARS[0] not in str(error.value)
+
+
+def test_a_picture_that_cannot_be_written_says_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"File exists|Not a directory") as error:
+        save_picture(events_figure({"churn": rows_of(DOLLARS)}), tmp_path / "file" / "why.png")
+    assert "rights" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["why.doc", "why"])
+def test_a_file_that_is_no_picture_is_refused_before_any_work(tmp_path, capsys, name):
+    assert explain(tmp_path / "nowhere", "--user", USER, "--instruction", "x", "--picture", str(tmp_path / name)) == 2
+    said = capsys.readouterr().err
+    assert "not the name of a picture" in said
+    assert ".png" in said
+
+
+def test_markup_in_event_texts_is_printed_as_it_is(project, capsys, monkeypatch):
+    texts = ("[bold]deal[/bold]", "[/nothing] opened")
+    monkeypatch.setattr("instructue_feast.cli.explain.event_rows", lambda *_: rows_of(texts))
+    assert explain(project, "--user", USER, "--instruction", "churn", "--answer", "Yes [/really].") == 0
+    shown = capsys.readouterr().out
+    for text in (*texts, "Yes [/really]."):
+        assert text in shown
 
 
 def test_buckets_in_words_are_the_buckets():
