@@ -6,13 +6,17 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+import yaml
+
 from instructue_feast.cli.ablation_report import SHOWN
 from instructue_feast.cli.ablation_rows import TaskScores
 from instructue_feast.cli.console import err
 from instructue_feast.cli.project import Project
+from instructue_feast.datasets.project import render_config
 from instructue_feast.errors import ConfigError, DataError, LeakageError
 
 if TYPE_CHECKING:
+    from instructue_feast.config import InstructueConfig
     from instructue_feast.evaluation.journey import Journey
     from instructue_feast.history.pack import PackedHistory
     from instructue_feast.model.modeling import InstructUEModel
@@ -156,6 +160,19 @@ class JourneyJudge:
         return score_tasks(inputs, list(self._labelled.labels), seed=EVALUATION_SEED, jobs=self._jobs)
 
 
+def _of_the_journey(config: InstructueConfig) -> bool:
+    """Whether a project names users and times as the template does; its tables need not be there.
+
+    Sources alone do not tell: other projects may well have the paper's six.
+    """
+    expected = yaml.safe_load(render_config("complete_journey"))["sources"]
+    own = config.sources
+    return all(
+        name in own and (own[name].user_id, own[name].time) == (one["user_id"], one["time"])
+        for name, one in expected.items()
+    )
+
+
 def make_judge(
     project: Project,
     suite: Suite | None,
@@ -168,7 +185,7 @@ def make_judge(
 
     Args:
         project: The project.
-        suite: What is asked for; `None` for that of The Complete Journey where the project is of it.
+        suite: What is asked for; `None` for that of The Complete Journey where the project is of it, else validation.
         data: What `full` trains on.
         base: What `full` trains with.
         tasks: Tasks of the suite; all for `None`.
@@ -176,7 +193,7 @@ def make_judge(
 
     Raises:
         ConfigError: The suite is of another project, a task is unknown, or no user is held out.
-        DataError: A raw table is damaged.
+        DataError: A raw table of The Complete Journey is damaged.
         LeakageError: The data set knows what the suite asks.
     """
     from instructue_feast.evaluation.journey import read_journey
@@ -186,10 +203,12 @@ def make_judge(
         return ValidationJudge(data, base)
     try:
         journey = read_journey(project.config)
-    except (ConfigError, DataError):  # other projects may well have sources of the same names
+    except (ConfigError, DataError) as error:
         if suite is not None:
             raise
-        err.print("Not a project of The Complete Journey: variants are measured by validation.")
+        if _of_the_journey(project.config):  # training for hours against something else would help nobody
+            raise type(error)(error.message, f"{error.hint}; or pass --suite {Suite.validation.value}") from None
+        err.print(f"Not a project of The Complete Journey ({error.message}): variants are measured by validation.")
         return ValidationJudge(data, base)
     if datetime.fromisoformat(data.train.trained_through) > CUT:
         raise LeakageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from instructue_feast.instructions import Instruction
     from instructue_feast.model.modeling import InstructUEModel
     from instructue_feast.training.instruction_tuning import Tuned, TuningJob, TuningSettings
-
-FOLDER = "soft_prompts"
 
 
 class Suite(StrEnum):
@@ -62,6 +60,7 @@ def tune_instruction(
         raise ConfigError("--labels is missing", "pass a CSV or Parquet file with user_id and label")
     if bool(yes) != bool(no):
         raise ConfigError("--yes and --no belong together", "give both answers, or none")
+    from instructue_feast.inference.soft_prompts import FOLDER
     from instructue_feast.training.instruction_tuning import TuningSettings
 
     changes = {"steps": steps, "tokens": tokens}
@@ -81,14 +80,18 @@ def tune_instruction(
         found = _tune(work, settings, show)
     files = _save(work, found, folder)
     report = [_row(name, one) for name, one in found.items()]
+    notes = [note] if (note := _seen_in_training(work)) else []
     if as_json:
-        print_json({"folder": str(folder), "instructions": report, "without_labels": list(work.without_labels)})
+        without = list(work.without_labels)
+        print_json({"folder": str(folder), "instructions": report, "without_labels": without, "notes": notes})
         return
     columns = ["instruction", "positive", "negative", "untuned", "tuned", "step"]
     title = "AUC of a linear probe on the shots kept aside"
     print_table(title, columns, [[row["instruction"], *(row[key] for key in _COLUMNS)] for row in report])
     for name in work.without_labels:
         out.print(f"{name}: too few labels before the cut; written without vectors, so it stays untuned.")
+    for note in notes:
+        out.print(f"[yellow]{note}[/]", soft_wrap=True)
     err.print(f"wrote {len(files)} files to {folder}", soft_wrap=True)
     if instruction is not None:
         out.print(f"Put it into the config: soft_prompt: {files[0]}. Then backfill.", soft_wrap=True)
@@ -195,6 +198,19 @@ def _require_before(cut: datetime, latest: datetime) -> None:
             f"--as-of {cut.isoformat()} is less than a quarter before the suite's cut",
             f"take {latest.isoformat()} or earlier, so that no label looks behind the cut",
         )
+
+
+def _seen_in_training(work: _Work) -> str:
+    """A note when the model was trained on what the labels ask; empty when it was not."""
+    through = work.model.config.trained_through
+    as_of = datetime.fromtimestamp(int(work.history.as_of_us.max()) / 1e6, UTC)
+    if through is None or datetime.fromisoformat(through) <= as_of:
+        return ""
+    return (
+        f"The model was trained on events up to {through}, later than the histories' as_of {as_of.isoformat()}: it may "
+        "know these labels, so both figures are optimistic, and so is the choice of the step. Measure the soft prompt "
+        "on labels from after the training."
+    )
 
 
 def _tune(work: _Work, settings: TuningSettings, show: Steps) -> dict[str, Tuned]:

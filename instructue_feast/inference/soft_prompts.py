@@ -19,7 +19,7 @@ from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.soft_prompt_file import HEADER, TENSOR, SoftPrompt, read_soft_prompt
 
 FOLDER = "soft_prompts"
-"""Folder of a run that holds the soft prompts of its instructions."""
+"""Folder of soft prompts: of a run, of a model that comes with some, and where tuning puts them beside the config."""
 
 
 def model_digest(model: InstructUEModel) -> str:
@@ -81,6 +81,24 @@ def require_model(prompt: SoftPrompt, model: InstructUEModel) -> None:
             f"the soft prompt of instruction {prompt.instruction_id!r} was tuned with model "
             f"{prompt.model_digest[:12]}, this is {actual[:12]}",
             "tune it again with this model, or drop `soft_prompt` from the instruction",
+        )
+
+
+def require_text(prompt: SoftPrompt, instruction: Instruction, where: str) -> None:
+    """Refuses a soft prompt of other words.
+
+    Args:
+        prompt: The soft prompt.
+        instruction: What it is to stand behind.
+        where: Where it comes from, for the message.
+
+    Raises:
+        VersionMismatchError: It was tuned for other words.
+    """
+    if prompt.text != instruction.text:
+        raise VersionMismatchError(
+            f"instruction {instruction.id!r}: {where} was tuned for the words {prompt.text!r}",
+            "tune it again with `instructue tune-instruction` for the words in use",
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instructue_feast.cli.main import main
+from instructue_feast.cli.project import Project
 from instructue_feast.config import load_config
 from instructue_feast.errors import VersionMismatchError
 from instructue_feast.evaluation.journey_tasks import journey_tasks
@@ -111,11 +112,46 @@ def test_a_call_that_makes_no_sense_is_a_usage_error(project, arguments, message
     assert message in capsys.readouterr().err
 
 
-def test_a_suite_is_tuned_on_the_quarter_before_its_cut(tmp_path, llm, encoder, monkeypatch, capsys):
+@pytest.fixture
+def trained_through(monkeypatch):
+    """Makes the model that commands load one that was trained up to a moment."""
+
+    def until(moment):
+        load = Project.load_model
+
+        def trained(project):
+            model = load(project)
+            model.config.trained_through = moment
+            return model
+
+        monkeypatch.setattr(Project, "load_model", trained)
+
+    return until
+
+
+def test_labels_the_model_may_have_been_trained_on_are_noted_and_tuned_all_the_same(
+    project, labels, trained_through, capsys
+):
+    arguments = ["churn", "--labels", str(labels), "--shots", "12"]
+    assert tune(project, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []  # an untrained model knows nothing
+    trained_through("2017-10-01T00:00:00+00:00")
+    assert tune(project, *arguments) == 0  # the histories end where the training ended
+    assert "optimistic" not in capsys.readouterr().out
+    trained_through("2017-10-02T00:00:00+00:00")
+    assert tune(project, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trained on events up to 2017-10-02T00:00:00+00:00, later than the histories' as_of 2017-10-01" in shown
+    assert "optimistic" in shown
+
+
+def test_a_suite_is_tuned_on_the_quarter_before_its_cut(tmp_path, llm, encoder, trained_through, monkeypatch, capsys):
+    trained_through("2017-10-01T00:00:00+00:00")
     config = load_config(small_config(tmp_path, llm, encoder))
     journey = random_journey(150, seed=1, lines=14)
     monkeypatch.setattr("instructue_feast.evaluation.journey.read_journey", lambda _config: journey)
-    history = dataclasses.replace(small_history(150), user_ids=list(journey.user_ids))
+    earlier = small_history(150).as_of_us - 92 * 86_400_000_000  # 2017-07-01
+    history = dataclasses.replace(small_history(150), user_ids=list(journey.user_ids), as_of_us=earlier)
     write_extract(config, history, small_book())
     manifest = tmp_path / "output" / "extracts" / "small" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("2017-10-01", "2017-07-01"))
@@ -127,7 +163,9 @@ def test_a_suite_is_tuned_on_the_quarter_before_its_cut(tmp_path, llm, encoder, 
         task.name for task in tasks
     }
     assert found["instructions"]
-    prompts = load_soft_prompts(out, tasks)
+    (note,) = found["notes"]  # the quarter before the cut is one the model was trained on
+    assert "both figures are optimistic" in note
+    prompts = load_soft_prompts(out, tasks, load_model(config))
     assert set(prompts) == {task.name for task in tasks}
     assert all(len(prompts[name]) == 0 for name in found["without_labels"])
     late = ["--suite", "complete-journey", "--out", str(out), "--as-of", "2017-08-01T00:00:00Z"]
