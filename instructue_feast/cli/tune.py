@@ -52,7 +52,7 @@ def tune_instruction(
 
     Example: [bold]instructue tune-instruction churn --labels churned.csv --shots 64 --as-of 2017-07-01T00:00:00Z[/]
 
-    Example: [bold]instructue tune-instruction --suite complete-journey --out build/soft_prompts --shots 128[/]
+    Example: [bold]instructue tune-instruction --suite complete-journey --out build/soft_prompts --shots 1500[/]
     """
     if (instruction is None) == (suite is None):
         raise ConfigError("name either an instruction or a --suite", "one of the two")
@@ -173,9 +173,7 @@ def _suite(project: Project, settings: TuningSettings, shots: int, as_of: str | 
             shots=draw_shots(
                 earlier.user_ids, known[task.name], shots, settings=settings, name=f"task {task.name}", fewer=True
             ),
-            answers=task.answers if len(task.answers) > 1 else (),
-            num_positive=task.num_positive_answers,
-        )
+        )  # no answers: what is measured is a probe on the embedding
         for task in tasks
         if task.name in known
     }

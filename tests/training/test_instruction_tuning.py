@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 
 from instructue_feast.errors import ConfigError, DataError, VersionMismatchError
 from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
@@ -31,7 +32,7 @@ from instructue_feast.training.instruction_tuning import (
     answer_loss,
     draw_shots,
     initial_soft_prompt,
-    prototype_loss,
+    probe_loss,
     shared_users,
     untuned_prompt,
 )
@@ -154,22 +155,38 @@ def test_the_start_is_the_instructions_last_words(world):
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
-@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 1000))
-def test_prototypes_leave_the_shot_itself_out(positives, negatives, seed):
+@given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 1000))
+def test_the_probe_loss_against_ridge_regression_of_scikit_learn(positives, negatives, seed):
     rng = np.random.default_rng(seed)
-    labels = rng.permutation([1] * positives + [0] * negatives)
-    vectors = rng.normal(size=(len(labels), 5))
+    labels = rng.permutation(np.repeat([1, 0], [positives, negatives]))
+    vectors = rng.normal(size=(len(labels), 4))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    fitted = np.zeros(len(labels), bool)
+    for one in (0, 1):
+        fitted[np.flatnonzero(labels == one)[::2]] = True
     expected = []
-    for shot, label in enumerate(labels):
-        logits = []
-        for one in (0, 1):
-            members = [row for row in range(len(labels)) if labels[row] == one and row != shot]
-            mean = vectors[members].mean(0)
-            logits.append(vectors[shot] @ mean / np.linalg.norm(mean) / 0.1)
-        expected.append(np.log(np.exp(logits).sum()) - logits[label])
-    found = prototype_loss(torch.from_numpy(vectors), torch.from_numpy(labels), 0.1)
+    for own in (fitted, ~fitted):
+        probe = Ridge(alpha=3.0 * own.sum()).fit(2 * vectors[own], 2 * labels[own] - 1)
+        score = probe.predict(2 * vectors[~own]) - probe.intercept_
+        spread = max(score.std(ddof=1), 1e-6)
+        pairs = score[labels[~own] == 1][:, None] - score[labels[~own] == 0][None]
+        expected.append(np.log1p(np.exp(-pairs / spread)).mean())
+    found = probe_loss(torch.from_numpy(vectors), torch.from_numpy(labels))
     assert float(found) == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_the_probe_loss_moves_vectors_so_that_a_new_probe_ranks_better():
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 2
+    vectors = torch.nn.Parameter(torch.randn(40, 6, dtype=torch.float64))
+    optimizer, losses = torch.optim.SGD([vectors], lr=2.0), []
+    for _ in range(60):
+        loss = probe_loss(torch.nn.functional.normalize(vectors, dim=1), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_answer_loss_counts_all_answers_of_a_class():
