@@ -1,4 +1,4 @@
-"""Baselines made of text: pooled event vectors, a text profile of each user, and an untrained LLM that reads it."""
+"""Baselines made of text: pooled event vectors, a text profile of each user, and an LLM as it comes that reads it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def demographic_texts(past: Journey) -> list[str]:
 def llm_vectors(
     name: str, texts: Sequence[str], *, max_tokens: int = MAX_PROFILE_TOKENS, on_users: OnUsers | None = None
 ) -> tuple[Matrix, Matrix]:
-    """Last and mean hidden state of an untrained LLM over each text, in bfloat16.
+    """Last and mean hidden state of an LLM as it comes over each text, in bfloat16.
 
     Args:
         name: The LLM.
