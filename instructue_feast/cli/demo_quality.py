@@ -29,7 +29,8 @@ ROW_WORDS = {
     "ours_mismatched": "ours, wrong instruction",
     "ours": "ours, right instruction",
     "ours_zeroshot": "ours, cosine to the answer, no labels",
-    "ours_fewshot": "ours, instruction with a tuned soft prompt",
+    "ours_fewshot": "ours, instruction tuned on labels of a quarter before",
+    "ours_fewshot_cosine": "the same, cosine to the answer, no labels at the cut",
     "ours_gbdt": "ours and hand features: LightGBM and a linear probe, stacked",
     "ours_paraphrased": "ours, instruction in words never trained on",
 }

@@ -53,7 +53,7 @@ def evaluate(
     rows: Annotated[str | None, typer.Option(help="Rows to compute, with commas between; default: all.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas between; default: all.")] = None,
     soft_prompts: Annotated[
-        Path | None, typer.Option(help="Folder of <task>.safetensors, for ours_fewshot; default: the model's.")
+        Path | None, typer.Option(help="Folder of <task>.safetensors, for the rows of few shots; default: the model's.")
     ] = None,
     noise: Annotated[bool, typer.Option(help="Measure the same with irrelevant events added.")] = True,
     explain_users: Annotated[
@@ -121,7 +121,7 @@ def _complete_journey(project: Project, options: SuiteOptions, soft_prompts: Pat
     from instructue_feast.evaluation.ours import load_soft_prompts
     from instructue_feast.evaluation.plots import write_plots
     from instructue_feast.evaluation.report import markdown
-    from instructue_feast.evaluation.suite import run_journey_suite
+    from instructue_feast.evaluation.suite import FEW_SHOT, run_journey_suite
     from instructue_feast.inference.soft_prompts import FOLDER
 
     config = project.config
@@ -130,7 +130,7 @@ def _complete_journey(project: Project, options: SuiteOptions, soft_prompts: Pat
     _warn_of_old_model(project)
     model = project.load_model()
     folder = soft_prompts or (Path(config.model.path) / FOLDER if config.model.path is not None else None)
-    if folder is not None and options.wants("ours_fewshot"):
+    if folder is not None and options.wants(*FEW_SHOT):
         prompts = load_soft_prompts(folder, tasks, model, required=soft_prompts is not None)
         options = dataclasses.replace(options, soft_prompts=prompts)
     history, book = read_extract(config, project.extract(CUT))

@@ -19,6 +19,7 @@ DIFFERENCES = (
     ("ours", "gbdt"), ("ours", "logreg"), ("ours", "pca128"), ("ours", "minilm_events"), ("ours", "minilm_profile"),
     ("ours", "llm_last"), ("ours", "llm_mean"), ("ours", "ours_none"), ("ours", "ours_mismatched"),
     ("ours", "ours_paraphrased"), ("ours_zeroshot", "gbdt"), ("ours_gbdt", "gbdt"), ("ours_fewshot", "ours"),
+    ("ours_fewshot_cosine", "ours_zeroshot"),
 )  # fmt: skip
 """Paired differences of mean AUC."""
 
@@ -204,6 +205,7 @@ def protocol(options: SuiteOptions) -> dict[str, Any]:
         "gbdt": "LightGBM, 150 trees, learning rate .05, 15 leaves, on hand features",
         "ours_gbdt": "scores of `gbdt` and of the probe, added up by a logistic regression on out-of-fold scores",
         "ours_zeroshot": "cosine to the positive answer minus mean cosine to the others; no labels",
+        "ours_fewshot_cosine": "the same under the tuned instruction; labels of the quarter before, none at the cut",
         "ours_mismatched": "the embedding under another task's instruction, a fixed shift of the tasks",
         "mean_unseen": "tasks about a category that a hash keeps out of training",
         "seed": options.seed,

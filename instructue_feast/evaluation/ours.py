@@ -39,6 +39,7 @@ class TaskEmbeddings:
         few_shot: `[T]` which is its own with a tuned soft prompt; -1 without one.
         none: Which is the empty instruction; -1 when it was not asked for.
         zero_shot_TU: Cosine to the positive answers minus cosine to the others; NaN for a task without answers.
+        few_shot_TU: The same under the task's tuned instruction; NaN without one.
     """
 
     vector_UKE: Matrix
@@ -47,6 +48,11 @@ class TaskEmbeddings:
     few_shot: tuple[int, ...]
     none: int
     zero_shot_TU: Matrix
+    few_shot_TU: Matrix
+
+    def scores(self) -> dict[str, Matrix]:
+        """Rows `[T, U]` that are scores already, by name; NaN where a task does not have the row."""
+        return {"ours_zeroshot": self.zero_shot_TU, "ours_fewshot_cosine": self.few_shot_TU}
 
     def rows(self, mismatch: Sequence[int]) -> dict[str, list[Matrix | None]]:
         """Features `[U, E]` of every embedding row for each task; `None` where a task does not have the row.
@@ -169,21 +175,22 @@ class TaskEncoder:
                 on_users(done, len(history))
 
         vector_UKE = embedder.encode(history, instructions, on_batch)
+        zero_shot_TU, few_shot_TU = (self._cosines(vector_UKE, tasks, own) for own in (right, few_shot))
         return TaskEmbeddings(
-            vector_UKE, tuple(right), tuple(held_out), tuple(few_shot), empty, self._zero_shot(vector_UKE, tasks, right)
+            vector_UKE, tuple(right), tuple(held_out), tuple(few_shot), empty, zero_shot_TU, few_shot_TU
         )
 
     @torch.inference_mode()
-    def _zero_shot(self, vector_UKE: Matrix, tasks: Sequence[Task], right: Sequence[int]) -> Matrix:
+    def _cosines(self, vector_UKE: Matrix, tasks: Sequence[Task], own: Sequence[int]) -> Matrix:
         texts = list(dict.fromkeys(answer for task in tasks for answer in task.answers))
         scores = np.full((len(tasks), len(vector_UKE)), np.nan, np.float32)
         if not texts:
             return scores
         answers_AE = self.model.answer_embeddings([self.model.answer_ids(text) for text in texts]).cpu().numpy()
         for row, task in enumerate(tasks):
-            if len(task.answers) < 2:
+            if len(task.answers) < 2 or own[row] < 0:
                 continue
-            cosine_UA = vector_UKE[:, right[row]] @ answers_AE[[texts.index(text) for text in task.answers]].T
+            cosine_UA = vector_UKE[:, own[row]] @ answers_AE[[texts.index(text) for text in task.answers]].T
             yes = cosine_UA[:, : task.num_positive_answers].mean(1)
             scores[row] = yes - cosine_UA[:, task.num_positive_answers :].mean(1)
         return scores

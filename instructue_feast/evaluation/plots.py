@@ -47,7 +47,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _colour(row: str) -> str:
-    return _OURS if row in ("ours", "ours_zeroshot", "ours_fewshot", "ours_gbdt") else _OTHERS
+    return _OURS if row in ("ours", "ours_zeroshot", "ours_fewshot", "ours_fewshot_cosine", "ours_gbdt") else _OTHERS
 
 
 def _means(document: Mapping[str, Any]) -> Any:

@@ -32,9 +32,13 @@ from instructue_feast.model.modeling import InstructUEModel
 
 ROWS = (
     "gbdt", "logreg", "pca128", "minilm_events", "minilm_profile", "llm_last", "llm_mean", "ours_none",
-    "ours_mismatched", "ours", "ours_zeroshot", "ours_fewshot", "ours_gbdt", "ours_paraphrased",
+    "ours_mismatched", "ours", "ours_zeroshot", "ours_fewshot", "ours_fewshot_cosine", "ours_gbdt",
+    "ours_paraphrased",
 )  # fmt: skip
 """All rows, in the order of the report."""
+
+FEW_SHOT = ("ours_fewshot", "ours_fewshot_cosine")
+"""Rows that need soft prompts."""
 
 TRANSFERRED = "_transferred"
 """Ends the name of a row whose probe was trained on clean histories and tested on noisy ones."""
@@ -56,7 +60,7 @@ class SuiteOptions:
         seed: Seed of folds, draws and noise.
         jobs: Processes for the probes.
         max_batch_tokens: Upper bound on the padded tokens of one forward pass.
-        soft_prompts: Tuned `[P, H]` soft prompts by task name, for `ours_fewshot`.
+        soft_prompts: Tuned `[P, H]` soft prompts by task name, for the rows of few shots.
         allow_leakage: Evaluate a model that has seen what comes after the cut.
         explain_users: Users whose attributions are checked against leaving texts out; 0 for none.
     """
@@ -249,16 +253,18 @@ class _Bench:
                 self.labelled.tasks,
                 paraphrased=self.options.wants("ours_paraphrased"),
                 none=self.options.wants("ours_none"),
-                soft_prompts=self.options.soft_prompts if self.options.wants("ours_fewshot") else None,
+                soft_prompts=self.options.soft_prompts if self.options.wants(*FEW_SHOT) else None,
                 on_users=self.clock.progress("ours"),
             )
         for name, features in found.rows(mismatch).items():
             for row, own in enumerate(features):
                 if own is not None and self.options.wants(name):
                     inputs[row][name] = RowInput(method="linear", features=own)
+        for name, score_TU in found.scores().items():
+            for row, score_U in enumerate(score_TU):
+                if self.options.wants(name) and np.isfinite(score_U).all():
+                    inputs[row][name] = RowInput(method="score", features=score_U[:, None])
         for row, index in enumerate(found.right):
-            if self.options.wants("ours_zeroshot") and np.isfinite(found.zero_shot_TU[row]).all():
-                inputs[row]["ours_zeroshot"] = RowInput(method="score", features=found.zero_shot_TU[row][:, None])
             if self.options.wants("ours_gbdt"):
                 inputs[row]["ours_gbdt"] = RowInput(
                     method="stacked", features=hand, embedding=found.vector_UKE[:, index]

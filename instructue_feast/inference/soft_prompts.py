@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import StorageError, VersionMismatchError
@@ -37,7 +37,7 @@ def save_soft_prompt(prompt: SoftPrompt, path: str | Path) -> None:
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({TENSOR: torch.from_numpy(prompt.vectors.copy())}, scratch, metadata={HEADER: prompt.header()})
+        scratch.write_bytes(save({TENSOR: torch.from_numpy(prompt.vectors.copy())}, metadata={HEADER: prompt.header()}))
         scratch.replace(target)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {target}: {error}", "free disk space or mend the rights") from None

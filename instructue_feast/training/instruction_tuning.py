@@ -53,8 +53,6 @@ class TuningSettings:
         tokens: P.
         shots_per_step: Most shots of a step, half of each class.
         learning_rate: Step size of Adam, in units of the size of a word's embedding.
-        answer_weight: Weight of the cosine to the instruction's answers, beside the probe.
-        temperature: Of the cosine to the answers.
         validation_share: Share of the shots that is kept aside to choose the step.
         eval_steps: Steps between two looks at them.
         patience: Stop after so many looks without a gain.
@@ -65,15 +63,13 @@ class TuningSettings:
     tokens: int = 6
     shots_per_step: int = 512
     learning_rate: float = 0.05
-    answer_weight: float = 1.0
-    temperature: float = 0.07
     validation_share: float = 0.25
     eval_steps: int = 10
     patience: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens", "eval_steps", "patience", "temperature", "learning_rate"):
+        for name in ("steps", "tokens", "eval_steps", "patience", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}", "take a number above zero")
         if self.shots_per_step < 4 or self.shots_per_step % 2:
@@ -153,6 +149,20 @@ def initial_soft_prompt(model: InstructUEModel, token_ids: Ints, tokens: int) ->
     return words
 
 
+def ranking_loss(score_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """Mean over pairs of a positive and a negative of `softplus(-(difference of their scores))`: a smooth 1 - AUC.
+
+    Scores count in units of their spread, so their size teaches nothing.
+
+    Args:
+        score_B: Scores.
+        label_B: int64 0 or 1; at least one of each.
+    """
+    spread = score_B.detach().std().clamp(min=1e-6)
+    ahead = score_B[label_B == 1][:, None] - score_B[label_B == 0][None]
+    return F.softplus(-ahead / spread).mean()
+
+
 def probe_loss(embedding_BE: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
     """How badly a linear probe that is fitted on one half of the shots ranks the other half, both ways.
 
@@ -162,46 +172,29 @@ def probe_loss(embedding_BE: torch.Tensor, label_B: torch.Tensor) -> torch.Tenso
     Args:
         embedding_BE: Unit vectors.
         label_B: int64 0 or 1; at least two of each.
-
-    Returns:
-        Mean over pairs of a positive and a negative of `softplus(-(difference of their scores))`, scores in units of
-        their spread.
     """
     half_B = torch.zeros_like(label_B, dtype=torch.bool)
     for one in (0, 1):
         half_B[torch.nonzero(label_B == one)[::2, 0]] = True  # every other shot of either class
-    return (_probe_half(embedding_BE, label_B, half_B) + _probe_half(embedding_BE, label_B, ~half_B)) / 2
+    halves = [ranking_loss(_probe(embedding_BE, label_B, own), label_B[~own]) for own in (half_B, ~half_B)]
+    return torch.stack(halves).mean()
 
 
-def _probe_half(embedding_BE: torch.Tensor, label_B: torch.Tensor, fitted_B: torch.Tensor) -> torch.Tensor:
-    """`probe_loss` of the shots that are not fitted."""
+def _probe(embedding_BE: torch.Tensor, label_B: torch.Tensor, fitted_B: torch.Tensor) -> torch.Tensor:
+    """Scores of the shots that are not fitted."""
     size = embedding_BE.shape[1]
     x_BE = embedding_BE * math.sqrt(size)
-    mean_E, sign_B = x_BE[fitted_B].mean(0), label_B.to(x_BE.dtype) * 2 - 1
-    x_BE, sign_F = x_BE - mean_E, sign_B[fitted_B] - sign_B[fitted_B].mean()
-    x_FE = x_BE[fitted_B]
+    x_BE = x_BE - x_BE[fitted_B].mean(0)
+    x_FE, sign_F = x_BE[fitted_B], label_B[fitted_B].to(x_BE.dtype) * 2 - 1
     gram_EE = x_FE.T @ x_FE / len(x_FE) + _RIDGE * torch.eye(size, dtype=x_BE.dtype, device=x_BE.device)
-    score_B = x_BE @ torch.linalg.solve(gram_EE, x_FE.T @ sign_F / len(x_FE))
-    positive, negative = score_B[~fitted_B & (label_B == 1)], score_B[~fitted_B & (label_B == 0)]
-    spread = score_B[~fitted_B].detach().std().clamp(min=1e-6)
-    return F.softplus(-(positive[:, None] - negative[None]) / spread).mean()
+    weight_E: torch.Tensor = torch.linalg.solve(gram_EE, x_FE.T @ (sign_F - sign_F.mean()) / len(x_FE))
+    return x_BE[~fitted_B] @ weight_E
 
 
-def answer_loss(
-    embedding_BE: torch.Tensor, label_B: torch.Tensor, answer_AE: torch.Tensor, positive_A: torch.Tensor, tau: float
-) -> torch.Tensor:
-    """Minus the log of the share that answers of a shot's class have in a softmax over all answers.
-
-    Args:
-        embedding_BE: Unit vectors.
-        label_B: int64 0 or 1.
-        answer_AE: Unit vectors of the answers.
-        positive_A: Whether an answer means 1.
-        tau: Temperature.
-    """
-    logit_BA = embedding_BE @ answer_AE.T / tau
-    own_BA = label_B.bool()[:, None] == positive_A
-    return (logit_BA.logsumexp(1) - logit_BA.masked_fill(~own_BA, -math.inf).logsumexp(1)).mean()
+def answer_scores(embedding_BE: torch.Tensor, answer_AE: torch.Tensor, positive_A: torch.Tensor) -> torch.Tensor:
+    """`[B]` mean cosine to the answers that mean 1, minus that to the others: a score that needs no probe."""
+    cosine_BA = embedding_BE @ answer_AE.T
+    return cosine_BA[:, positive_A].mean(1) - cosine_BA[:, ~positive_A].mean(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +204,8 @@ class Tuned:
     Attributes:
         prompt: The soft prompt; without rows when the words alone were best.
         step: Step it was taken from.
-        auc_untuned: AUC of the shots kept aside under the words alone.
+        auc_untuned: AUC of the shots kept aside under the words alone: of the cosine to the answers where they are
+            known, else of a linear probe on the other shots.
         auc_start: The same at step 0.
         auc: The same at the end; never below `auc_untuned`.
         history: `(step, training loss, AUC)` of each look.
@@ -298,13 +292,20 @@ class InstructionTuner:
 
         def loss_of(embedding_BE: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
             loss = probe_loss(embedding_BE, label_B)
-            if answer_AE is not None and settings.answer_weight:
-                tau = settings.temperature
-                loss = loss + settings.answer_weight * answer_loss(embedding_BE, label_B, answer_AE, positive_A, tau)
+            if answer_AE is not None:
+                loss = loss + ranking_loss(answer_scores(embedding_BE, answer_AE, positive_A), label_B)
             return loss
 
-        untuned = self._auc(plain, None, shots)
-        start = self._auc(reader, start_PH, shots)
+        def auc_of(reader: InstructionReader, soft_PH: torch.Tensor | None) -> float:
+            embedding_NE = self._embed(reader, soft_PH, shots)
+            if answer_AE is None:
+                return _probe_auc(embedding_NE, shots)
+            held = torch.from_numpy(shots.held)
+            score_H = answer_scores(embedding_NE[held], answer_AE, positive_A)
+            return float(roc_auc_score(shots.labels[shots.held], score_H.cpu().numpy()))
+
+        untuned = auc_of(plain, None)
+        start = auc_of(reader, start_PH)
         best, best_PH, best_step = untuned, start_PH[:0], 0
         if start > best:
             best, best_PH = start, start_PH
@@ -330,7 +331,7 @@ class InstructionTuner:
             if step % settings.eval_steps and step != settings.steps:
                 continue
             now_PH = (unit_PH.detach() * scale).clone()
-            auc = self._auc(reader, now_PH, shots)
+            auc = auc_of(reader, now_PH)
             history.append((step, running / settings.eval_steps, auc))
             running, since = 0.0, since + 1
             if auc > best:
@@ -355,17 +356,20 @@ class InstructionTuner:
         return model.answer_embeddings([model.answer_ids(text) for text in answers]) if answers else None
 
     @torch.no_grad()
-    def _auc(self, reader: InstructionReader, soft_PH: torch.Tensor | None, shots: Shots) -> float:
-        """AUC of the shots kept aside, by a linear probe on the others: what the embedding is used for."""
+    def _embed(self, reader: InstructionReader, soft_PH: torch.Tensor | None, shots: Shots) -> torch.Tensor:
+        """`[N, E]`."""
         parts = [
-            reader.embed(shots.users[first : first + _EMBED_USERS], soft_PH).cpu().numpy()
+            reader.embed(shots.users[first : first + _EMBED_USERS], soft_PH)
             for first in range(0, len(shots), _EMBED_USERS)
         ]
-        vector_NE = np.concatenate(parts)
-        probe = LogisticRegression(C=_PROBE_C, max_iter=500)
-        probe.fit(vector_NE[~shots.held] * math.sqrt(vector_NE.shape[1]), shots.labels[~shots.held])
-        score = probe.decision_function(vector_NE[shots.held] * math.sqrt(vector_NE.shape[1]))
-        return float(roc_auc_score(shots.labels[shots.held], score))
+        return torch.cat(parts)
+
+
+def _probe_auc(embedding_NE: torch.Tensor, shots: Shots) -> float:
+    """AUC of the shots kept aside, by a linear probe on the others."""
+    vector_NE = embedding_NE.cpu().numpy() * math.sqrt(embedding_NE.shape[1])
+    probe = LogisticRegression(C=_PROBE_C, max_iter=500).fit(vector_NE[~shots.held], shots.labels[~shots.held])
+    return float(roc_auc_score(shots.labels[shots.held], probe.decision_function(vector_NE[shots.held])))
 
 
 _PROBE_C = 0.1

@@ -98,6 +98,16 @@ def test_the_zero_shot_score_is_a_difference_of_cosines(model, encoded):
     assert np.isnan(found.zero_shot_TU[2]).all()
 
 
+def test_the_few_shot_score_is_the_same_under_the_tuned_instruction(model, encoded):
+    prompt = torch.full((2, model.config.hidden_size), 0.05)
+    found = encoded.embed(small_history(8), TASKS, soft_prompts={"apps": prompt})
+    answers = [model.answer_embeddings([model.answer_ids(text)])[0].detach().numpy() for text in TASKS[1].answers]
+    cosine = found.vector_UKE[:, found.few_shot[1]] @ np.array(answers).T
+    np.testing.assert_allclose(found.few_shot_TU[1], cosine[:, 0] - cosine[:, 1:].mean(1), atol=1e-5)
+    assert not np.allclose(found.few_shot_TU[1], found.zero_shot_TU[1], atol=1e-4)
+    assert np.isnan(found.few_shot_TU[[0, 2]]).all()
+
+
 def test_progress_ends_at_all_users(encoded):
     seen = []
     encoded.embed(small_history(9), TASKS, on_users=lambda done, total: seen.append((done, total)))

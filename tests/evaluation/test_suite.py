@@ -13,7 +13,7 @@ from instructue_feast.evaluation.document import suite_document
 from instructue_feast.evaluation.label_file import LabelFile
 from instructue_feast.evaluation.plots import write_plots
 from instructue_feast.evaluation.report import markdown
-from instructue_feast.evaluation.suite import ROWS, SuiteOptions, run_journey_suite
+from instructue_feast.evaluation.suite import FEW_SHOT, ROWS, SuiteOptions, run_journey_suite
 from instructue_feast.evaluation.tasks import Task
 from tests.evaluation.small import random_journey, small_book, small_config, small_history
 
@@ -46,7 +46,7 @@ def document(inputs):
 
 
 def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
-    everywhere = set(ROWS) - {"ours_fewshot"}
+    everywhere = set(ROWS) - set(FEW_SHOT)
     assert {task["name"] for task in document["tasks"]} == set(TASKS)
     for task in document["tasks"]:
         assert {"name", "family", "instruction", "positives", "users", "rows"} <= set(task)

@@ -29,10 +29,11 @@ from instructue_feast.training.instruction_tuning import (
     InstructionTuner,
     TuningJob,
     TuningSettings,
-    answer_loss,
+    answer_scores,
     draw_shots,
     initial_soft_prompt,
     probe_loss,
+    ranking_loss,
     shared_users,
     untuned_prompt,
 )
@@ -71,9 +72,9 @@ def tuned_in(world, **changes):
 def test_tuning_lowers_the_loss_and_moves_nothing_but_the_soft_prompt(world):
     model = world[0]
     before = model.weights_digest()
-    found = tuned_in(world, patience=100)
+    found = tuned_in(world, patience=100, shots_per_step=60)  # all that are not held: every step has the same loss
     losses = [loss for _, loss, _ in found.history[1:]]
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.1
     assert model.weights_digest() == before
     assert found.prompt.model_digest == model_digest(model)
     assert found.prompt.labels == {"shots": 80, "positive": 40, "held": 20}
@@ -189,14 +190,19 @@ def test_the_probe_loss_moves_vectors_so_that_a_new_probe_ranks_better():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_answer_loss_counts_all_answers_of_a_class():
+def test_the_score_by_answers_takes_all_answers_of_a_class():
     users = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     answers = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), dim=1)
-    positive = torch.tensor([True, False, False])
-    found = answer_loss(users, torch.tensor([1, 0, 0]), answers, positive, 0.5)
-    share = torch.softmax(users @ answers.T / 0.5, dim=1)
-    expected = -torch.stack([share[0, 0], share[1, 1:].sum(), share[2, 1:].sum()]).log().mean()
-    torch.testing.assert_close(found, expected)
+    found = answer_scores(users, answers, torch.tensor([True, False, False]))
+    cosines = users @ answers.T
+    torch.testing.assert_close(found, cosines[:, 0] - (cosines[:, 1] + cosines[:, 2]) / 2)
+
+
+def test_the_ranking_loss_falls_as_positives_rise_and_does_not_know_scale():
+    labels = torch.tensor([1, 0, 1, 0])
+    worst, better = torch.tensor([0.0, 2.0, 1.0, 3.0]), torch.tensor([2.0, 0.0, 3.0, 1.0])
+    assert float(ranking_loss(better, labels)) < np.log(2) < float(ranking_loss(worst, labels))
+    torch.testing.assert_close(ranking_loss(better * 100 + 5, labels), ranking_loss(better, labels))
 
 
 def test_shots_are_balanced_and_shared_between_tasks():
@@ -228,7 +234,7 @@ def test_too_few_labels_are_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"tokens": 0}, {"shots_per_step": 5}, {"validation_share": 1.0}, {"temperature": 0.0}],
+    [{"steps": 0}, {"tokens": 0}, {"shots_per_step": 5}, {"validation_share": 1.0}],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(wrong):
