@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ MIN_TEXTS = 10
 
 TOP = 5
 """Texts with the highest scores, as somebody who asks why would read them."""
+
+_RANKED = ("focus", "gates")
+"""What texts are ranked by to look for the instruction's own interest."""
 
 HIGH = 0.6
 """A rank correlation above this counts as agreement."""
@@ -74,34 +77,30 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class OwnInterest:
-    """Whether the texts with the highest scores are about the interest that the instruction asks about.
+    """Whether the texts that rank highest are about the interest that the instruction asks about.
 
     Attributes:
-        top_U: Share of the `TOP` texts by score that are about it.
-        chance_U: Share of all texts of the user that are: what a random choice would find.
-        top: Mean of `top_U`.
-        chance: Mean of `chance_U`.
-        difference: `top` minus `chance`, paired.
+        share_U: By `focus` (share of the focus token) and by `gates` (score of moving the embedding away from the blank
+            user): share of the `TOP` highest texts of each user that are about it. By `chance`: share of all texts of
+            the user that are, what a random choice would find.
+        shares: Their means.
+        differences: Of `focus` and `gates` to `chance`, paired.
     """
 
-    top_U: Floats
-    chance_U: Floats
-    top: Estimate
-    chance: Estimate
-    difference: Estimate
+    share_U: Mapping[str, Floats]
+    shares: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
 
     def document(self) -> dict[str, Any]:
         """JSON-ready values; without users, their number alone."""
-        users = len(self.top_U)
+        users = len(self.share_U["chance"])
         if not users:
             return {"users": 0}
-        return {
-            **self.top.as_dict("top"),
-            **self.chance.as_dict("chance"),
-            **self.difference.as_dict("difference"),
-            "users": users,
-            "texts": TOP,
-        }
+        shares: dict[str, Any] = {}
+        for name, one in self.shares.items():
+            shares |= one.as_dict(name)
+        differences = {f"{name}-chance": one.as_dict("difference") for name, one in self.differences.items()}
+        return {**shares, "differences": differences, "users": users, "texts": TOP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,7 @@ def measure_own_interest(
     seed: int = 0,
     on_users: OnUsers | None = None,
 ) -> OwnInterest:
-    """Share of the top texts by `gates` that are about the instruction's interest, beside the share of all texts.
+    """Share of the top texts that are about the instruction's interest, beside the share of all texts.
 
     Drawn are users who have that interest and another one, so that there is something to choose between.
 
@@ -201,7 +200,7 @@ def measure_own_interest(
     """
     with_words = [interest for interest, own in enumerate(words) if own]
     asked = draw_by_interest(history, strength_UI, with_words, users, seed=seed)
-    top_U, chance_U = np.zeros(len(asked.row_U)), np.zeros(len(asked.row_U))
+    share_U = {name: np.zeros(len(asked.row_U)) for name in (*_RANKED, "chance")}
     about_N: dict[int, npt.NDArray[np.bool_]] = {}
     for own, places in _together(asked, on_users):
         if own not in about_N:
@@ -209,10 +208,14 @@ def measure_own_interest(
         part, instruction = history.take(asked.row_U[places]), Instruction(f"i{own}", texts[own])
         for place, found in zip(places, explain(embedder, part, instruction, method="gates"), strict=True):
             about_L = about_N[own][book.rows(found.text_ids)]
-            top_U[place] = about_L[np.argsort(-found.scores, kind="stable")[:TOP]].mean()
-            chance_U[place] = about_L.mean()
-    estimates = [mean_over_users(one, seed=seed) for one in (top_U, chance_U, top_U - chance_U)]
-    return OwnInterest(top_U, chance_U, *estimates)
+            for name, score_L in zip(_RANKED, (found.focus_weights, found.scores), strict=True):
+                share_U[name][place] = about_L[np.argsort(-score_L, kind="stable")[:TOP]].mean()
+            share_U["chance"][place] = about_L.mean()
+    return OwnInterest(
+        share_U,
+        {name: mean_over_users(one, seed=seed) for name, one in share_U.items()},
+        {name: mean_over_users(share_U[name] - share_U["chance"], seed=seed) for name in _RANKED},
+    )
 
 
 def rank_correlation(one_L: npt.NDArray[np.float32], other_L: npt.NDArray[np.float32]) -> float:

@@ -128,8 +128,8 @@ def _words(attributions: Attributions | None) -> dict[str, str]:
     }
     if attributions.own_interest is not None:
         words["own_interest"] = (
-            f"share of the {TOP} texts with the highest scores by `gates` that have a word of the interest; users with "
-            "that interest and another one"
+            f"share of the {TOP} texts that rank highest by `focus` and by `gates` that have a word of the interest; "
+            "chance: of all texts; users with that interest and another one"
         )
     return words
 

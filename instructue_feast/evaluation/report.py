@@ -134,9 +134,17 @@ def _attributions(found: Mapping[str, Any]) -> list[str]:
     if own and own["users"]:
         lines += [
             "",
-            f"Of the {own['texts']} texts that score highest, {_interval(own, 'top')} are about the interest that the "
-            f"instruction asks about; of all texts of these {own['users']} users, {_interval(own, 'chance')}: a "
-            f"difference of {_interval(own, 'difference')}.",
+            f"Share of texts that are about the interest the instruction asks about, {own['users']} users:",
+            "",
+            *_head(["texts", "share", "minus that of all"]),
+            *(
+                _line([words, _interval(own, name), _interval(own["differences"].get(f"{name}-chance"), "difference")])
+                for name, words in (
+                    ("focus", f"the {own['texts']} with most of the focus token"),
+                    ("gates", f"the {own['texts']} that move the embedding most (`gates`)"),
+                    ("chance", "all texts"),
+                )
+            ),
         ]
     return lines
 

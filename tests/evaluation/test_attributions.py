@@ -31,8 +31,8 @@ from tests.model_data import make_history
 TEXTS = ("Does the user like apples?", "Does the user like bread?", "Does the user like cars?")
 
 
-def scored(monkeypatch, score):
-    """Replaces `explain`; `score(text_ids, method)` gives the scores of a user. Returns what was asked."""
+def scored(monkeypatch, score, focus=np.zeros_like):
+    """Replaces `explain`; `score(text_ids, method)` and `focus(text_ids)` are what it finds. Returns what was asked."""
     asked = []
 
     def fake(_embedder, history, instruction, *, method):
@@ -40,7 +40,7 @@ def scored(monkeypatch, score):
         parts = [
             history.text_id[start:end] for start, end in zip(history.offsets[:-1], history.offsets[1:], strict=True)
         ]
-        return [Attribution(ids, score(ids, method).astype(np.float32), np.zeros(len(ids))) for ids in parts]
+        return [Attribution(ids, score(ids, method).astype(np.float32), focus(ids).astype(float)) for ids in parts]
 
     monkeypatch.setattr(attributions, "explain", fake)
     return asked
@@ -129,20 +129,28 @@ def test_the_share_of_the_own_interest_is_counted_by_hand(monkeypatch):
     history.text_id[:] = [*range(12), *range(12)]
     # The five highest: three things, then what either user is asked about or not.
     value = {0: 9, 4: 8, 11: 7, 10: 6, 1: 5, 2: 4, 3: 3}
-    scored(monkeypatch, lambda ids, _: np.array([value.get(one, -1) for one in ids.tolist()]))
+    # By focus: both breads, no apple.
+    scored(
+        monkeypatch,
+        lambda ids, _: np.array([value.get(one, -1) for one in ids.tolist()]),
+        lambda ids: np.isin(ids, [2, 3, 4, 5, 6]),
+    )
     strength = np.array([[1.0, 0.6, 0.0], [0.4, 1.0, 0.0]])
     words = [["APPLE", "pear"], ["bread"], []]
     found = measure_own_interest(None, history, book, TEXTS, words, strength, users=2)
     asked = draw_by_interest(history, strength, [0, 1], 2)
     assert sorted(asked.instruction_U) == [0, 1]
-    expected = {0: 2 / TOP, 1: 0.0}  # both apples are among the five, no bread is
-    np.testing.assert_allclose(found.top_U, [expected[own] for own in asked.instruction_U])
-    np.testing.assert_allclose(found.chance_U, 2 / 12)
+    by_gates, by_focus = {0: 2 / TOP, 1: 0.0}, {0: 0.0, 1: 2 / TOP}  # the first asks about apples, the second bread
+    np.testing.assert_allclose(found.share_U["gates"], [by_gates[own] for own in asked.instruction_U])
+    np.testing.assert_allclose(found.share_U["focus"], [by_focus[own] for own in asked.instruction_U])
+    np.testing.assert_allclose(found.share_U["chance"], 2 / 12)
     document = found.document()
-    assert document["top"] == pytest.approx(0.2)
+    assert document["gates"] == document["focus"] == pytest.approx(0.2)
     assert document["chance"] == pytest.approx(2 / 12, abs=1e-5)
-    assert document["difference"] == pytest.approx(0.2 - 2 / 12, abs=1e-5)
-    assert document["difference_low"] < document["difference"] < document["difference_high"]
+    for name in ("focus", "gates"):
+        one = document["differences"][f"{name}-chance"]
+        assert one["difference"] == pytest.approx(0.2 - 2 / 12, abs=1e-5)
+        assert one["difference_low"] < one["difference"] < one["difference_high"]
     assert (document["users"], document["texts"]) == (2, 5)
 
 
@@ -198,7 +206,8 @@ def test_the_synthetic_suite_writes_both_checks(project):
     assert {"attributions", "own_interest"} < set(document["protocol"])
     report = (project / "out" / "x.md").read_text()
     assert "under 3 instructions in turn" in report
-    assert "of all texts of these 6 users" in report
+    assert "asks about, 6 users:" in report
+    assert "most of the focus token" in report
     assert "No user has enough texts" in recovery_markdown(document | {"attributions": {"agreement": {"users": 0}}})
 
 
