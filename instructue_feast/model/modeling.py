@@ -384,7 +384,7 @@ class InstructUEModel(nn.Module):
     @property
     def _checkpoints(self) -> bool:
         """Whether layers are recomputed in the backward pass, which Transformers does not do with cached keys."""
-        return self.training and bool(getattr(self.backbone, "is_gradient_checkpointing", False))
+        return self.training and any(getattr(one, "gradient_checkpointing", False) for one in self.backbone.modules())
 
     def _run_llm(
         self,
