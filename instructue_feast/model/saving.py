@@ -157,15 +157,18 @@ def save(model: InstructUEModel, folder: Path) -> None:
             model.llm.save_pretrained(  # type: ignore[operator]
                 scratch / LORA_FOLDER, safe_serialization=True, save_embedding_layers=False
             )
-            _name_the_llm(scratch / LORA_FOLDER, model.config.llm)
+            _tidy_lora(scratch / LORA_FOLDER, model.config.llm)
         give_usual_rights(scratch)  # safetensors lets nobody but the owner read
 
 
-def _name_the_llm(folder: Path, name: str) -> None:
-    """Puts the LLM's name where PEFT puts the path it has on this machine, and drops PEFT's empty card."""
+def _tidy_lora(folder: Path, name: str) -> None:
+    """Makes what PEFT writes the same on every machine: the LLM's name for its path, sorted layers, no empty card."""
     file = folder / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(settings | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8")
+    settings["base_model_name_or_path"] = name
+    if isinstance(settings.get("target_modules"), list):  # a set in PEFT, so in any order
+        settings["target_modules"].sort()
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
 
 

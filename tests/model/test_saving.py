@@ -88,7 +88,9 @@ def test_lora_travels_beside_them_and_merging_changes_nothing(model, tmp_path, e
     assert model.weights_digest() != digest
     lora = tmp_path / "model" / "lora"
     assert sorted(one.name for one in lora.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == model.config.llm
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == model.config.llm
+    assert settings["target_modules"] == sorted(settings["target_modules"])
     assert all(one.stat().st_mode & 0o444 == 0o444 for one in lora.parent.rglob("*.*"))
     loaded = InstructUEModel.from_pretrained(tmp_path / "model")
     merged = InstructUEModel.from_pretrained(tmp_path / "model", merge_lora=True)
