@@ -5,6 +5,7 @@
     <root>/runs/<run_id>/               owner.json  bucket=*/part.parquet  bucket=*/marker.json  manifest.json
     <root>/published/<publication>/     <feature view>/<run_id>-<bucket>.parquet
     <root>/published.json               the pointer, moved in one step
+    <root>/tombstones/                  erased users, as salted hashes
 
 Everything but the pointer is immutable once its manifest or marker, always written last, is there.
 """

@@ -32,6 +32,8 @@ from pyspark.sql.types import (
 
 from instructue_feast.config import EventSourceConfig, InstructueConfig, TabularSourceConfig, UsersConfig
 from instructue_feast.errors import ConfigError, SchemaError, did_you_mean
+from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.tombstones import HASH_CHARS, Tombstones
 from instructue_spark import render
 from instructue_spark.io import read_table
 from instructue_spark.render import column
@@ -53,6 +55,7 @@ LATEST = datetime(2201, 1, 1, tzinfo=UTC)
 
 # What a verdict is called beside the raw columns: no table of a user has such names.
 _STATUS, _USER, _TIME = "__instructue_status", "__instructue_user", "__instructue_time"
+_HASH = "__instructue_hash"
 
 BLANK = " \t\n\r\x0b\x0c"
 _QUARANTINE_VALUE_CHARS = 256
@@ -140,7 +143,7 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, a
     )
     text = render.template_column(source.text, raw.types, config.history.max_text_chars, raw.where)
     kept = F.col(_STATUS) == IN_WINDOW
-    judged = raw.frame.select("*", *_judgement(status, user, time))
+    judged = _judged(raw, config, status, user, time)
     rendered = judged.select(
         *_identity(config, name),
         F.when(kept, _event_id(raw, source)).alias("event_id"),
@@ -220,7 +223,7 @@ def _snapshots(
     present = F.size(F.filter(F.col("numeric"), lambda one: ~F.isnan(one)))
     present = present + F.size(F.filter(F.col("texts"), lambda one: one.isNotNull()))
     kept = F.col(_STATUS) == IN_WINDOW
-    judged = raw.frame.select("*", *_judgement(status, *user_time))
+    judged = _judged(raw, config, status, *user_time)
     return judged.select(
         *_identity(config, name),
         F.when(kept, _row_hash(raw, columns)).alias("row_hash"),
@@ -230,9 +233,20 @@ def _snapshots(
     ).withColumn("present", present)
 
 
-def _judgement(status: Column, user: Column, time: Column) -> list[Column]:
-    """The verdict and what it was based on, beside the raw columns."""
-    return [status.alias(_STATUS), user.alias(_USER), time.alias(_TIME)]
+def _judged(raw: RawTable, config: InstructueConfig, status: Column, user: Column, time: Column) -> DataFrame:
+    """The verdict and what it was based on, beside the raw columns; rows of erased users are not read."""
+    frame = raw.frame.select("*", status.alias(_STATUS), user.alias(_USER), time.alias(_TIME))
+    return without_erased(frame, _USER, config)
+
+
+def without_erased(frame: DataFrame, user: str, config: InstructueConfig) -> DataFrame:
+    """Drops the rows of erased users (`runs.tombstones`); `user` is the column with their ids as strings."""
+    erased = Tombstones(OutputStore(config.output.path))
+    if erased.salt is None or not len(erased):
+        return frame  # nothing is hashed where nobody was ever erased
+    hashes = frame.sparkSession.createDataFrame([(one,) for one in sorted(erased.user_hashes)], f"{_HASH} string")
+    hashed = frame.withColumn(_HASH, F.substring(F.sha2(F.concat(F.lit(erased.salt), F.col(user)), 256), 1, HASH_CHARS))
+    return hashed.join(F.broadcast(hashes), _HASH, "left_anti").drop(_HASH)
 
 
 def _identity(config: InstructueConfig, name: str | None) -> list[Column]:

@@ -93,7 +93,7 @@ def read_events(
     time = sources._time_column(raw, source.time, source.time_zone)
     broken = render.broken_value(source.text, raw.types)
     status = sources._quarantine_status(user, time, broken).otherwise(F.lit(0))
-    judged = raw.frame.select("*", *sources._judgement(status, user, time))
+    judged = sources._judged(raw, config, status, user, time)
     # A broken clock has no time to compare with the cut; such rows are counted whenever they were written.
     judged = judged.where(F.col(sources._TIME).isNull() | (F.col(sources._TIME) < F.lit(to_micros(cut))))
     rows = judged.select(
@@ -188,7 +188,7 @@ def read_snapshots(spark: SparkSession, config: InstructueConfig, spec: Attribut
     status = sources._quarantine_status(user, time, F.lit(False)).otherwise(F.lit(0))
     text = render._as_text(spec.column, raw.types[spec.column], MAX_SUBJECT_CHARS, f"question family {spec.id}")
     text = F.btrim(F.make_valid_utf8(text), F.lit(sources.BLANK))
-    judged = raw.frame.select("*", *sources._judgement(status, user, time)).where(F.col(sources._STATUS) == 0)
+    judged = sources._judged(raw, config, status, user, time).where(F.col(sources._STATUS) == 0)
     return judged.where(F.col(sources._TIME) < F.lit(to_micros(cut))).select(
         F.col(sources._USER).alias("user_id"),
         F.col(sources._TIME).alias("t"),
