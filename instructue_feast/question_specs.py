@@ -110,6 +110,7 @@ class OccursSpec(_Spec):
         allowed = set(WORDING_PLACES) - (set() if self.subject else {"subject"})
         for template in filter(None, (self.yes, self.no)):
             _check_template(self.id, template, allowed)
+        _check_apart(self.id, self.yes, self.no)
         if self.min_rate >= self.max_rate:
             raise ConfigError(f"question family {self.id}: min_rate is not below max_rate", "widen the range")
 
@@ -126,6 +127,7 @@ class InactiveSpec(_Spec):
         _Spec.__post_init__(self)
         for template in filter(None, (self.yes, self.no)):
             _check_template(self.id, template, {"days", "source"})
+        _check_apart(self.id, self.yes, self.no)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -336,6 +338,11 @@ def _check_template(family: str, template: str, allowed: set[str]) -> None:
             f"question family {family}: template {template!r} names {listed(wrong)}",
             f"in braces these are known there: {listed(allowed)}",
         )
+
+
+def _check_apart(family: str, yes: str, no: str) -> None:
+    if yes and yes.strip().lower() == no.strip().lower():
+        raise ConfigError(f"question family {family}: `yes` and `no` are the same answer", "word them differently")
 
 
 def _check_value_template(family: str, template: str) -> None:

@@ -102,7 +102,7 @@ def evaluate(
         assert labels is not None
         Instruction("task", instruction)  # refuses prompt markup before anything slow starts
         answers = (yes, no) if yes and no else ()
-        own_task = Task(name=task, family="custom", subject=task, instruction=instruction, answers=answers, unseen=True)
+        own_task = Task(name=task, family="custom", subject=task, instruction=instruction, answers=answers)
         project = Project.open(config or DEFAULT_CONFIG, model, compute)
         _custom(project, as_of, own_task, labels, options, json_path)
     elif suite is Suite.complete_journey:
@@ -292,13 +292,13 @@ def _write(
 
 
 def _print_means(document: dict[str, Any]) -> None:
-    rows = []
+    rows, unseen = [], document["mean_unseen"]
     for name, value in document["mean"].items():
-        unseen = document["mean_unseen"].get(name)
         figures = [f"{value[key]:.4f}" for key in ("auc", "auc_low", "auc_high")]
-        rows.append([name, *figures, f"{unseen['auc']:.4f}" if unseen else ""])
+        never = [f"{unseen[name]['auc']:.4f}" if name in unseen else ""] if unseen else []
+        rows.append([name, *figures, *never])
     title = f"Mean AUC over {len(document['tasks'])} tasks" if len(document["tasks"]) > 1 else "AUC"
-    print_table(title, ["row", "auc", "low", "high", "never trained on"], rows)
+    print_table(title, ["row", "auc", "low", "high", *(["never trained on"] if unseen else [])], rows)
     if not document["model"]["trained"]:
         out.print("[yellow]The model is untrained: its rows are a floor.[/]")
 

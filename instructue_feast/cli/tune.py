@@ -152,7 +152,7 @@ def _labelled(
 
 
 def _suite(project: Project, settings: TuningSettings, shots: int, as_of: str | None, *, quiet: bool) -> _Work:
-    """Labels of the suite's tasks one quarter earlier: what happens after the suite's cut is never looked at."""
+    """Labels of the suite's tasks over an earlier quarter: what happens after the suite's cut is never looked at."""
     from instructue_feast.evaluation.extracts import read_extract, users_in_order
     from instructue_feast.evaluation.journey import read_journey
     from instructue_feast.evaluation.journey_tasks import CUT, END, journey_tasks
@@ -164,7 +164,7 @@ def _suite(project: Project, settings: TuningSettings, shots: int, as_of: str | 
     _require_before(cut, CUT - (END - CUT))
     journey = read_journey(config)
     tasks = journey_tasks(journey, config).tasks
-    earlier = journey_tasks(journey, config, cut=cut, end=CUT)
+    earlier = journey_tasks(journey, config, cut=cut, end=cut + (END - CUT))
     known = {task.name: label_U for task, label_U in zip(earlier.tasks, earlier.labels, strict=True)}
     instructions = {task.name: Instruction(task.name, task.instruction) for task in tasks}
     jobs = {

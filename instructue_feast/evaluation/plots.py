@@ -111,7 +111,8 @@ def instructions_figure(document: Mapping[str, Any]) -> Any:
     axes.set_xticks(range(len(rows)), [names[row] for row in rows])
     axes.set_xlabel("instruction")
     axes.set_ylabel("mean AUC")
-    axes.legend(frameon=False, fontsize=8)
+    if document["mean_unseen"]:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 

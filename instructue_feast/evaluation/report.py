@@ -82,20 +82,22 @@ def _means(document: Mapping[str, Any]) -> list[str]:
     families = list(document["mean_by_family"])
     unseen = sum(task["unseen"] for task in document["tasks"])
     lines = ["## Mean AUC", ""]
-    lines += _head(["row", "all tasks", f"never trained on ({unseen})", *(one.replace("_", " ") for one in families)])
+    never = [f"never trained on ({unseen})"] if unseen else []
+    lines += _head(["row", "all tasks", *never, *(one.replace("_", " ") for one in families)])
     for row, value in document["mean"].items():
         own = [document["mean_by_family"][family].get(row) for family in families]
-        lines.append(
-            _line([f"`{row}`", _interval(value), _interval(document["mean_unseen"].get(row)), *map(_plain, own)])
-        )
+        cells = [_interval(document["mean_unseen"].get(row))] if unseen else []
+        lines.append(_line([f"`{row}`", _interval(value), *cells, *map(_plain, own)]))
     return lines
 
 
 def _differences(document: Mapping[str, Any]) -> list[str]:
-    lines = ["## Paired differences of mean AUC", "", *_head(["rows", "all tasks", "never trained on"])]
+    unseen = document["differences_unseen"]
+    never = ["never trained on"] if unseen else []
+    lines = ["## Paired differences of mean AUC", "", *_head(["rows", "all tasks", *never])]
     for name, value in document["differences"].items():
-        unseen = document["differences_unseen"].get(name)
-        lines.append(_line([name.replace("-", " − "), _interval(value, "difference"), _interval(unseen, "difference")]))
+        cells = [_interval(unseen.get(name), "difference")] if unseen else []
+        lines.append(_line([name.replace("-", " − "), _interval(value, "difference"), *cells]))
     return lines
 
 
@@ -105,7 +107,7 @@ def _tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     for task in tasks:
         name = f"{task['name']}{' †' if task['unseen'] else ''}"
         lines.append(_line([name, str(task["positives"]), *(_plain(task["rows"].get(row)) for row in rows)]))
-    return [*lines, "", "† The subject was never trained on."]
+    return [*lines, "", "† The subject was never trained on."] if any(task["unseen"] for task in tasks) else lines
 
 
 def _noise(noise: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from instructue_feast.errors import ConfigError, did_you_mean
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _NOT_LEARNING = frozenset(
     {
@@ -143,7 +143,7 @@ class TrainingSettings:
 
     bf16: bool = False
     half_weights: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=0, ge=0)
     loader_workers: int = Field(default=0, ge=0)
     llm_layers: int = Field(default=0, ge=0)

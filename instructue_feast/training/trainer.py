@@ -61,7 +61,7 @@ class UserQATrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=passes,
             eval_dataset=passes,  # only has to be there: `evaluate` asks the probes
-            callbacks=[*callbacks, *([_StopAfter(stop_after)] if stop_after else [])],
+            callbacks=[*callbacks, _Guard(), *([_StopAfter(stop_after)] if stop_after else [])],
         )
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
@@ -256,6 +256,24 @@ class _Meter:
         means = {name: one / world / max(self._passes, 1) for name, one in zip(self._NAMES, sums, strict=True)}
         self._reset()
         return means | {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+
+
+class _Guard(TrainerCallback):  # type: ignore[misc]
+    """Keeps numbers that are none out of the weights, and today's intervals in a run that goes on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A checkpoint's state brings the intervals of the run that wrote it.
+        del control
+        state.compute_steps(args, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        del args, control
+        grads = [one.grad for one in model.parameters() if one.grad is not None]
+        if grads and not torch.stack(torch._foreach_norm(grads)).isfinite().all():
+            raise InvalidEmbeddingError(
+                f"the gradient of step {state.global_step + 1} is not finite; the weights were not changed",
+                "lower learning_rate or clip, or leave out bf16; checkpoints written before are sound",
+            )
 
 
 class _StopAfter(TrainerCallback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from instructue_feast.errors import ConfigError
 from instructue_feast.history.render import normalise
 from instructue_feast.question_specs import (
     AmountSpec,
@@ -106,6 +107,25 @@ def draft_question(spec: QuestionSpec, *, subject: str | None = None, values: Se
         held_out_wordings=tuple(fill(one, subject=about, **names) for one in spec.held_out_wordings or words.held_out),
         answers=tuple(sentence(one) for one in answers),
     )
+
+
+def require_distinct_wordings(drafts: Sequence[Draft]) -> None:
+    """Refuses two questions that can be asked in the same words, held-out wordings included.
+
+    One text would then have two answers, and a held-out wording or subject would be trained under another name.
+
+    Raises:
+        ConfigError: With the families' names.
+    """
+    owners: dict[str, Draft] = {}
+    for draft in drafts:
+        for text in dict.fromkeys((*draft.wordings, *draft.held_out_wordings)):
+            owner = owners.setdefault(" ".join(text.lower().split()), draft)
+            if owner is not draft:
+                raise ConfigError(
+                    f"question families {owner.family} and {draft.family} ask in the same words: {text!r}",
+                    "give one of them other `wordings` and `held_out_wordings`",
+                )
 
 
 def subject_text(value: str) -> str:

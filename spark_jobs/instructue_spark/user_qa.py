@@ -32,7 +32,7 @@ from instructue_feast.question_specs import AttributeSpec, ChangeSpec, QuestionS
 from instructue_feast.runs.manifest import ExtractManifest, check_id, new_id, parse_as_of, to_json
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.user_qa import tables
-from instructue_feast.user_qa.questions import Draft
+from instructue_feast.user_qa.questions import Draft, require_distinct_wordings
 from instructue_feast.user_qa.tables import SPLITS, FamilySummary, UserQAManifest
 from instructue_feast.user_qa.values import answer_weights
 from instructue_spark import sources
@@ -144,6 +144,7 @@ class _Job:
             families = self._families(asked, events)
             drafts = [draft for family in families for draft in family.drafts]
             stage.rows_in, stage.rows_out = len(families), len(drafts)
+            require_distinct_wordings(drafts)
             if not drafts:
                 raise DataError("no question survives", "; ".join(_why(family) for family in families))
         with self.reporter.stage("pairs") as stage:
@@ -240,8 +241,10 @@ class _Job:
             return [], []
         length, cut = spec.days * DAY_US, to_micros(self.cut)
         moments = [(number, to_micros(one)) for number, one in enumerate(self.as_ofs)]
-        past = [(number, at - length, at) for number, at in moments if at - length >= first]
-        future = [(number, at, at + length) for number, at in moments if at + length <= min(cut, data_end)]
+        past = [(number, at - length, at) for number, at in moments if first <= at - length and at <= data_end]
+        future = [
+            (number, at, at + length) for number, at in moments if first <= at and at + length <= min(cut, data_end)
+        ]
         if isinstance(spec, ChangeSpec):
             both = {span[0] for span in past} & {span[0] for span in future}
             past, future = [one for one in past if one[0] in both], [one for one in future if one[0] in both]
@@ -333,7 +336,11 @@ class _Job:
     def _write_phrasebook(self) -> None:
         urls = [self.store.url("extracts", one.extract_id, "phrasebook") for one in self.extracts]
         book = self.spark.read.schema(spark_schema(schema.PHRASEBOOK)).parquet(*urls).distinct()
-        book.write.parquet(self.store.url(*self.folder, "phrasebook"))
+        kept = self.spark.read.parquet(self.store.url(*self.folder, "history"))
+        texts = kept.select(F.explode("text_id").alias("text_id")).distinct()
+        book.join(texts, "text_id", "left_semi").select(*schema.PHRASEBOOK.names).write.parquet(
+            self.store.url(*self.folder, "phrasebook")
+        )
 
     def _cache(self, frame: DataFrame) -> DataFrame:
         self.caches.append(frame.persist(StorageLevel.MEMORY_AND_DISK))

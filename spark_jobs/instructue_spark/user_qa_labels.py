@@ -199,14 +199,16 @@ class Labeller:
         family.edges = list(spec.edges)
         if not family.edges:
             shares = [place / len(draft.answers) for place in range(1, len(draft.answers))]
-            found = rows.agg(F.percentile_approx("x", shares, _ACCURACY)).collect()[0][0]
+            measures = (F.percentile_approx("x", shares, _ACCURACY), F.min("x"), F.max("x"))
+            found, low, high = rows.agg(*measures).collect()[0]
             if found is None:
                 family.drop("nobody can be asked")
                 return
             family.edges = round_edges(found)
-        if len(set(family.edges)) < len(draft.answers) - 1:
-            family.drop("quantiles coincide: give `edges`")
-            return
+            # An edge at the smallest value, or above the largest, leaves a level that is nobody's answer.
+            if len(set(family.edges)) < len(draft.answers) - 1 or family.edges[0] <= low or family.edges[-1] > high:
+                family.drop("quantiles coincide: give `edges`")
+                return
         level = sum((F.when(F.col("x") >= F.lit(edge), 1).otherwise(0) for edge in family.edges), F.lit(0))
         self._single(family, rows.select(*_KEY, level.cast("int").alias("answer")), draft)
 

@@ -11,8 +11,8 @@ import pytest
 from instructue_feast.cli.main import main
 from instructue_feast.cli.project import Project
 from instructue_feast.config import load_config
-from instructue_feast.errors import VersionMismatchError
-from instructue_feast.evaluation.journey_tasks import journey_tasks
+from instructue_feast.errors import ConfigError, VersionMismatchError
+from instructue_feast.evaluation.journey_tasks import CUT, END, journey_tasks
 from instructue_feast.evaluation.ours import load_soft_prompts
 from instructue_feast.inference.soft_prompts import soft_prompts_of
 from instructue_feast.model.factory import load_model
@@ -168,6 +168,27 @@ def test_a_suite_is_tuned_on_the_quarter_before_its_cut(tmp_path, llm, encoder, 
     prompts = load_soft_prompts(out, tasks, load_model(config))
     assert set(prompts) == {task.name for task in tasks}
     assert all(len(prompts[name]) == 0 for name in found["without_labels"])
-    late = ["--suite", "complete-journey", "--out", str(out), "--as-of", "2017-08-01T00:00:00Z"]
+    suite = ["--suite", "complete-journey", "--out", str(out)]
+    late = [*suite, "--as-of", "2017-08-01T00:00:00Z"]
     assert tune(tmp_path, *late) == 2
     assert "no label looks behind the cut" in capsys.readouterr().err
+
+
+def test_an_earlier_quarter_is_as_long_as_the_one_the_suite_asks_about(tmp_path, llm, encoder, monkeypatch, capsys):
+    """Labels of half a year would teach something else."""
+    small_config(tmp_path, llm, encoder)
+    journey = random_journey(150, seed=1, lines=14)
+    monkeypatch.setattr("instructue_feast.evaluation.journey.read_journey", lambda _config: journey)
+    spans = []
+
+    def spied(journey, config, *, cut=CUT, end=END):
+        spans.append((cut, end))
+        if cut < CUT:
+            raise ConfigError("enough")
+        return journey_tasks(journey, config, cut=cut, end=end)
+
+    monkeypatch.setattr("instructue_feast.evaluation.journey_tasks.journey_tasks", spied)
+    assert tune(tmp_path, "--suite", "complete-journey", "--out", "x", "--as-of", "2017-04-01T00:00:00Z") == 2
+    assert "enough" in capsys.readouterr().err
+    start, end = spans[-1]
+    assert (start.isoformat(), end - start) == ("2017-04-01T00:00:00+00:00", END - CUT)

@@ -53,6 +53,8 @@ def test_a_custom_task_writes_figures_tables_and_pictures(project, capsys):
     output = capsys.readouterr()
     assert "logreg" in output.out
     assert "untrained" in output.out
+    assert "never trained on" not in output.out
+    assert "never trained on" not in (project / "out" / "vip.md").read_text(), "nobody knows that of a task of yours"
     assert not any(user in output.out + output.err for user in history.user_ids)
 
 

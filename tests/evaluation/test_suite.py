@@ -77,6 +77,7 @@ def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
     text = markdown(document)
     assert "`ours_mismatched`" in text
     assert "buys_vitamins †" in text
+    assert "never trained on (1)" in text
     assert "100% added" in text
     assert "of 3 users, under 2 instructions in turn" in text
     names = [file.name for file in write_plots(document, tmp_path / "cj")]
@@ -93,7 +94,9 @@ def test_only_the_rows_asked_for_are_computed(inputs):
     assert found["mean_unseen"] == {}
     assert set(found["differences"]) == {"ours-logreg"}
     assert not {"attributions"} & {*found, *found["protocol"], *found["seconds"]}
-    assert "Attributions" not in markdown(found)
+    text = markdown(found)
+    assert "Attributions" not in text
+    assert not [mark for mark in ("never trained on", "†") if mark in text], "the one task was trained on"
 
 
 def test_attributions_are_those_of_our_model(inputs):

@@ -92,7 +92,8 @@ def expected_user_qa(
         first, days = _day(min(row["t"] for row in mine)), dt.timedelta(days=spec.days)
         windows = {}
         for as_of in as_ofs:
-            past_known, future_known = as_of - days >= first, as_of + days <= min(cut, data_end)
+            past_known = first <= as_of - days and as_of <= data_end
+            future_known = first <= as_of and as_of + days <= min(cut, data_end)
             if spec.kind == "change" and past_known and future_known:
                 windows[as_of] = (as_of, as_of + days)
             elif spec.kind != "change" and spec.window == "past" and past_known:
@@ -130,9 +131,11 @@ def _family(result, config, spec, rows, keys, windows, edges) -> None:
         _question(result, spec.id, spec.id, (spec.yes, spec.no), {key: int(bool(inside[key]) != yes) for key in keys})
     elif spec.kind == "amount":
         levels = list(spec.edges or edges.get(spec.id, []))
-        if len(set(levels)) == len(spec.levels) - 1:
-            values = {key: _measure(spec, mine) for key, mine in inside.items()}
-            places = {key: sum(x >= edge for edge in levels) for key, x in values.items() if x is not None}
+        values = {key: _measure(spec, mine) for key, mine in inside.items()}
+        values = {key: x for key, x in values.items() if x is not None}
+        places = {key: sum(x >= edge for edge in levels) for key, x in values.items()}
+        # Quantiles must leave somebody in every level; edges of the config need not.
+        if len(set(levels)) == len(spec.levels) - 1 and (spec.edges or {0, len(levels)} <= set(places.values())):
             _question(result, spec.id, spec.id, spec.levels, places)
     elif spec.kind == "change":
         places = {}

@@ -75,6 +75,36 @@ def test_questions_that_everybody_answers_alike_are_dropped_with_a_reason(spark:
     assert manifest.num_questions == 1
 
 
+def test_quantiles_that_leave_a_level_to_nobody_drop_the_question(spark: SparkSession, tmp_path: Path):
+    """No purchase is that large, so every share is the smallest value; an edge there would make everybody `some`."""
+    never = {"measure": "share", "condition": "amount > 1e9"}
+    families = [
+        family("two", "amount", **never, levels=["none", "some"]),
+        family("three", "amount", **never, levels=["none", "some", "many"]),
+    ]
+    manifest = build(spark, config_of(tmp_path, make_tables(), [GONE, *families]), [MOMENT], CUT)
+    for one in families:
+        assert manifest.families[one["id"]].dropped == {"quantiles coincide: give `edges`": 1}
+    assert manifest.num_questions == 1
+
+
+def test_two_families_that_ask_in_the_same_words_are_refused(spark: SparkSession, tmp_path: Path):
+    again = {**GONE, "id": "away", "days": 2}
+    config = config_of(tmp_path, make_tables(), [{**GONE, "wordings": ["Gone?"]}, {**again, "wordings": ["gone?"]}])
+    with pytest.raises(ConfigError, match="families gone and away ask in the same words"):
+        build(spark, config, [MOMENT], CUT)
+    assert not (Path(config.output.path) / "user_qa" / "qa").exists()
+
+
+def test_a_window_after_the_data_is_not_asked_about(spark: SparkSession, tmp_path: Path):
+    """Silence after the last event says nothing about the user, so nobody has been away there."""
+    past = family("was_gone", "inactive", window="past", days=1, **YES_NO)
+    late = AS_OF + 40 * DAY
+    config = config_of(tmp_path, make_tables(), [past])
+    build(spark, config, [MOMENT, late], late + DAY)
+    assert {int(one) for one in load(config).history.as_of_us} == {int(MOMENT.timestamp() * 1e6)}
+
+
 def test_points_in_time_and_ids_are_checked_before_anything_is_read(spark: SparkSession, tmp_path: Path):
     config = config_of(tmp_path, make_tables(), [GONE])
     with pytest.raises(ConfigError, match="not after the first as_of"):

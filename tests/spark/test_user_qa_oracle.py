@@ -42,7 +42,9 @@ LEVELS = {"levels": ["low", "middle", "high"]}
 
 
 def family(name: str, kind: str, source: str = "bill", **values: Any) -> dict[str, Any]:
-    return {"id": name, "kind": kind, "source": source, "days": 6, **ASK, **values}
+    spec = {"id": name, "kind": kind, "source": source, "days": 6, **ASK, **values}
+    asked = {key: [f"{name}: {one}" for one in spec[key]] for key in ASK}  # no two families in the same words
+    return spec | asked
 
 
 FAMILIES = [
@@ -143,4 +145,5 @@ def test_every_answer_weight_and_split_equals_the_oracle(
     assert manifest.checked == sum(manifest.pairs.values()), "few users: the sample is everybody"
     assert manifest.trained_through == max(expected.last, AS_OFS[-1]).isoformat()
     book = load_phrasebook(OutputStore(config.output.path), "qa")
-    assert set(np.unique(qa.history.text_id).tolist()) <= set(book.column("text_id").to_pylist())
+    kept = np.concatenate([loaded.history.text_id for loaded in splits.values()])
+    assert set(book.column("text_id").to_pylist()) == set(np.unique(kept).tolist()), "texts of the histories, no others"

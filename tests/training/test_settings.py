@@ -27,6 +27,9 @@ def test_a_file_and_overrides_make_settings(tmp_path):
         (["contrastive_weight=0", "autoregressive_weight=0"], "all three losses have weight 0"),
         (["autoregressive_pairs=0"], "autoregressive_weight without autoregressive_pairs"),
         (["steps=[1"], "not valid YAML"),
+        (["learning_rate=.inf"], "`learning_rate`: Input should be a finite number"),
+        (["contrastive_weight=.nan"], "`contrastive_weight`: Input should be a finite number"),
+        (["seed=4294967296"], "`seed`: Input should be less than"),
     ],
 )
 def test_a_wrong_setting_is_named(overrides, message):

@@ -168,6 +168,8 @@ def test_resume_wants_the_same_settings_and_data(llm, encoder, tmp_path):
         run(llm, encoder, out)
     _, result = run(llm, encoder, out, resume=True, logging_steps=2)
     assert result.finished
+    logged = [one["step"] for one in result.history if "contrastive_loss" in one]
+    assert logged == [1, 2, 4], "the interval of this call, not of the one that wrote the checkpoint"
 
 
 def test_a_damaged_checkpoint_is_named(llm, encoder, tmp_path):
@@ -205,6 +207,18 @@ def test_a_taken_folder_is_refused(llm, encoder, tmp_path):
     (tmp_path / "other/mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="is no model folder"):
         run(llm, encoder, tmp_path / "other", steps=1, overwrite=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(llm, encoder, tmp_path):
+    chosen = settings(save_steps=1)
+    model = fresh_model(llm, encoder, chosen)
+    before = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+    model.prompt.user.register_hook(lambda grad: grad * float("inf"))  # the loss itself stays finite
+    with pytest.raises(InvalidEmbeddingError, match="gradient of step 1 is not finite; the weights were not changed"):
+        train(model, make_data(12), chosen, tmp_path / "m")
+    assert all(torch.equal(before[name], one) for name, one in model.named_parameters() if name in before)
+    assert not checkpoint.checkpoints(tmp_path / "m.training")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_diverging_run_stops(llm, encoder, tmp_path):

@@ -15,7 +15,7 @@ from instructue_feast.config import load_config
 from instructue_feast.datasets.project import TEMPLATES, write_project
 from instructue_feast.errors import ConfigError
 from instructue_feast.question_specs import AnySpec, QuestionSpec
-from instructue_feast.user_qa.questions import draft_question, is_held_out
+from instructue_feast.user_qa.questions import draft_question, is_held_out, require_distinct_wordings
 from instructue_feast.user_qa.tables import MAX_WEIGHT
 from instructue_feast.user_qa.values import answer_weights, round_edges
 
@@ -60,6 +60,8 @@ HAS = {"id": "has", "kind": "occurs", "source": "bill", "subject": "word"}
         (GONE | {"kind": "amount", "edges": [3, 1]}, "edges", "ascending"),
         (GONE | {"kind": "amount", "levels": ["a"]}, "1 levels", "two or three"),
         (GONE | {"kind": "amount", "levels": ["a", "a"]}, "same answer", "apart"),
+        (GONE | {"yes": "Gone.", "no": " gone. "}, "`yes` and `no` are the same answer", "differently"),
+        (HAS | {"yes": "Buys {subject}", "no": "buys {subject}"}, "family has: `yes` and `no` are the same", "word"),
         (GONE | {"kind": "change", "window": "past"}, "looks ahead", "window"),
         (GONE | {"kind": "favourite"}, "family gone", "exactly one"),
         (GONE | {"kind": "favourite", "clock": "weekday", "zone": "Europe/Berlim"}, "time zone", "Europe/Berlin"),
@@ -97,6 +99,20 @@ def test_yes_and_no_need_no_quotes(tmp_path: Path):
     config = load_config(file)
     assert config.user_qa is not None
     assert draft_question(config.user_qa.questions[0]).answers == ("Gone.", "Here.")
+
+
+def test_two_questions_in_the_same_words_are_refused():
+    """Else one text had two answers, or a wording kept for tests were trained under another name."""
+
+    def draft(name: str, source: str, **words: Any):
+        return draft_question(SPECS.validate_python({**GONE, "id": name, "source": source, **words}))
+
+    bill = draft("gone", "bill", wordings=["Gone for {days} days?"], held_out_wordings=["Absent?"])
+    require_distinct_wordings([bill, draft("silent", "search", wordings=["Silent?"], held_out_wordings=["Quiet?"])])
+    for words in ({"wordings": ["gone for  30 days?"]}, {"wordings": ["Silent?", "absent?"]}):
+        with pytest.raises(ConfigError, match="families gone and silent ask in the same words: '"):
+            require_distinct_wordings([bill, draft("silent", "search", held_out_wordings=["Quiet?"], **words)])
+    require_distinct_wordings([bill, draft("other", "bill", wordings=["Silent?", "silent?"], held_out_wordings=["Q?"])])
 
 
 def test_the_questions_do_not_change_what_a_history_is(tmp_path: Path):
