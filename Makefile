@@ -8,7 +8,7 @@ HOUSEHOLDS ?= 500
 DEMO_DIR ?= build/demo
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup java models demo test lint types imports check bench docs constraints clean
+.PHONY: help setup java models demo test lint types imports check bench kernels-compile docs constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,14 @@ check: lint types imports  ## Style, types and import rules
 
 bench: setup  ## Run the benchmarks; appends to benchmarks/results/*.csv
 	@for script in $$(ls benchmarks/*.py | grep -v common.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+TRITON ?=
+KERNELS_PYTHONPATH = $(if $(TRITON),build/triton-$(TRITON))
+
+kernels-compile: $(VENV)/.installed  ## Compile all kernels for sm_80, 90 and 100, no GPU needed (TRITON=3.6.0 for another release)
+	@test -z "$(TRITON)" || test -d "$(KERNELS_PYTHONPATH)" || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$(KERNELS_PYTHONPATH)" triton==$(TRITON)
+	@PYTHONPATH="$(KERNELS_PYTHONPATH)" $(BIN)/python kernels/benchmarks/compile_table.py --write
 
 constraints: $(VENV)/.installed  ## Rewrite constraints.txt from what .venv holds
 	@{ echo "# The exact versions CI runs; regenerate with 'make constraints'."; \

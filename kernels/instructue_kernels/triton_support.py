@@ -1,0 +1,63 @@
+"""Whether Triton kernels can run here, asked without importing Triton where it is absent.
+
+Environment: `TRITON_INTERPRET=1`, set before the first import, runs kernels on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+"""Older GPUs have no bfloat16 tensor cores; the kernels are not compiled or tested for them."""
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def problem(device_type: str) -> str | None:
+    """Why no Triton kernel can run on tensors of a device, or None if one can.
+
+    >>> problem("meta")
+    'meta tensors'
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'instructue-feast[kernels]')"
+    if device_type == "cpu":
+        return None if is_interpreted() else "CPU tensors"
+    if device_type != "cuda" or torch.version.hip is not None:
+        return f"{device_type} tensors" if device_type != "cuda" else "ROCm"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"compute capability {major}.{minor}, and kernels need 8.0"
+    return None
+
+
+@functools.cache
+def where() -> str:
+    """The GPU and Triton release in words, or why there is no Triton here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = problem(device)
+    if found is not None:
+        return found if device == "cuda" or "installed" in found else "no CUDA device"
+    release = importlib.metadata.version("triton")
+    if device == "cpu":
+        return f"Triton {release}, interpreted"
+    return f"Triton {release} on {torch.cuda.get_device_name()}"
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number: 80, 90, 100; 80 when interpreted."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
