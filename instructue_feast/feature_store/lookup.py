@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,17 @@ import numpy.typing as npt
 from feast import FeatureStore
 from feast.errors import FeatureServiceNotFoundException
 
-from instructue_feast.errors import ConfigError, VersionMismatchError, did_you_mean, listed
+from instructue_feast.errors import ConfigError, StorageError, VersionMismatchError, did_you_mean, listed
+from instructue_feast.feature_store.online import to_micros
+from instructue_feast.feature_store.readers import (
+    Column,
+    Reader,
+    StoredFeature,
+    reader_of,
+    stored_feature,
+)
 from instructue_feast.feature_store.session import open_store, quiet
+from instructue_feast.feature_store.wire import decode_vectors, vector_prefix
 
 # U = users, D = embedding_dim
 DEFAULT_SERVICE = "user_embeddings"
@@ -49,6 +61,8 @@ class ServedView:
     embedding_dim: int
     ttl: timedelta
     join_key: str
+    embedding_version: str
+    stored: StoredFeature
 
     @property
     def ref(self) -> str:
@@ -57,14 +71,17 @@ class ServedView:
 
 
 class UserEmbeddings:
-    """The user embeddings a Feast repo serves.
+    """The user embeddings a Feast repo serves. One object serves any number of threads.
 
     Follows the registry: after `feast apply` of a new publication, lookups move to the new views as soon as Feast's
-    registry cache expires (`registry.cache_ttl_seconds`), or at once after `refresh`.
+    registry cache expires (`registry.cache_ttl_seconds`), or at once after `refresh`. One `get` reads one state of the
+    registry, and every vector of an instruction comes from one view, so from one embedding version.
 
     Args:
         store: A Feast store, or the folder of a Feast repo.
         service: Name of the feature service.
+        versions: Embedding versions a caller depends on, by instruction; eight hex digits or more. A ranker trained on
+            one version must not be fed another.
 
     Raises:
         ConfigError: The folder is no Feast repo.
@@ -75,28 +92,44 @@ class UserEmbeddings:
         found.vectors["churn"]  # [2, 128] float32
     """
 
-    def __init__(self, store: FeatureStore | Path | str, *, service: str = DEFAULT_SERVICE) -> None:
+    def __init__(
+        self,
+        store: FeatureStore | Path | str,
+        *,
+        service: str = DEFAULT_SERVICE,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
         self.store = open_store(store) if isinstance(store, str | Path) else store
         self.service = service
+        self._versions = dict(versions or {})
         self._served: dict[str, ServedView] = {}
         self._resolve_at = 0.0
+        self._resolving = threading.Lock()
+        self._readers: dict[str, Reader] = {}
 
     def refresh(self) -> None:
         """Reads the registry again."""
-        with quiet():
-            self.store.refresh_registry()
-        self._resolve_at = 0.0
+        with self._resolving:
+            with quiet():
+                self.store.refresh_registry()
+            self._resolve_at = 0.0
 
     def served(self) -> dict[str, ServedView]:
         """Instruction -> the view that serves it now.
 
         Raises:
             ConfigError: The registry has no such feature service: nothing has been published and applied.
+            VersionMismatchError: It serves another embedding version than the one asked for in `versions`.
         """
-        if time.monotonic() >= self._resolve_at:
-            # Feast rebuilds every object from its registry on each call, which takes longer than the lookup itself.
-            self._served = self._resolve()
-            self._resolve_at = time.monotonic() + _RESOLVE_SECONDS
+        # Feast rebuilds every object from its registry on each call, which takes longer than the lookup itself.
+        # One thread does it; the others go on with what was there.
+        due = time.monotonic() >= self._resolve_at
+        if due and self._resolving.acquire(blocking=not self._served):
+            try:
+                self._served = self._resolve()
+                self._resolve_at = time.monotonic() + _RESOLVE_SECONDS
+            finally:
+                self._resolving.release()
         return self._served
 
     def _resolve(self) -> dict[str, ServedView]:
@@ -110,7 +143,17 @@ class UserEmbeddings:
                 "run `feast apply` and `instructue materialize` once a backfill has published, or name another service",
             ) from None
         views = [served_view(self.store, one.name) for one in service.feature_view_projections]
-        return {view.instruction: view for view in views}
+        served = {view.instruction: view for view in views}
+        for name, version in self._versions.items():
+            if name not in served:
+                raise ConfigError(f"unknown instruction {name!r}", did_you_mean(name, served))
+            if not served[name].embedding_version.startswith(version):
+                raise VersionMismatchError(
+                    f"instruction {name!r} is served as {served[name].name}, not in version {version[:8]}",
+                    "deploy what was trained on the new version together with it, or roll back with "
+                    "`instructue promote`",
+                )
+        return served
 
     def get(
         self, user_ids: Sequence[str], instructions: Sequence[str] | None = None, *, now: datetime | None = None
@@ -127,41 +170,80 @@ class UserEmbeddings:
         Raises:
             ConfigError: An id is not a non-blank string (the message gives its position, never its value), an
                 instruction is unknown, or nothing is served.
-            VersionMismatchError: A stored vector has another size than its view.
+            VersionMismatchError: A stored vector has another size than its view, or see `served`.
+            StorageError: The online store cannot be read.
         """
-        ids = _checked(user_ids)
-        served = self.served()
-        for name in instructions or ():
-            if name not in served:
-                raise ConfigError(f"unknown instruction {name!r}", did_you_mean(name, served))
-        wanted = served if instructions is None else {name: served[name] for name in instructions}
-        stored = read_stored(self.store, wanted, ids)
-        present = np.datetime64((now or datetime.now(UTC)).astimezone(UTC).replace(tzinfo=None), "us")
+        ids = checked_ids(user_ids)
+        wanted = self._wanted(instructions)
+        try:
+            read = self._read(wanted, ids)
+        except StorageError:
+            self.refresh()  # the views known here may have been removed since
+            if self._wanted(instructions) == wanted:
+                raise
+            wanted = self._wanted(instructions)
+            read = self._read(wanted, ids)
+        present = np.datetime64(time.time_ns() // 1_000 if now is None else to_micros(now), "us")
         lookup = Lookup({}, {}, {}, {}, {name: view.name for name, view in wanted.items()})
-        for name, (vectors, found, as_of) in stored.items():
+        for name, (vectors, found, as_of) in read.items():
             age = present - as_of
-            ttl = wanted[name].ttl
-            if ttl:
-                found &= age <= np.timedelta64(ttl)  # NaT compares false, and is not found anyway
+            if wanted[name].ttl:
+                found &= age <= np.timedelta64(wanted[name].ttl)  # NaT compares false, and is not found anyway
                 vectors[~found] = 0.0
             lookup.vectors[name], lookup.found[name] = vectors, found
             lookup.as_of[name], lookup.age[name] = as_of, age
         return lookup
+
+    def _wanted(self, instructions: Sequence[str] | None) -> dict[str, ServedView]:
+        served = self.served()
+        if instructions is None:
+            return served
+        try:
+            return {name: served[name] for name in instructions}
+        except KeyError as error:
+            name = str(error.args[0])
+            raise ConfigError(f"unknown instruction {name!r}", did_you_mean(name, served)) from None
+
+    async def get_async(
+        self, user_ids: Sequence[str], instructions: Sequence[str] | None = None, *, now: datetime | None = None
+    ) -> Lookup:
+        """The same as `get`, without blocking the event loop: the read runs in a thread."""
+        return await asyncio.to_thread(partial(self.get, user_ids, instructions, now=now))
+
+    def _read(self, wanted: Mapping[str, ServedView], ids: list[str]) -> dict[str, Stored]:
+        if not wanted:
+            return {}
+        key = next(iter(wanted.values())).join_key
+        if key not in self._readers:
+            self._readers[key] = reader_of(self.store, key)
+        return _read(self._readers[key], wanted, ids)
 
 
 Stored = tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.datetime64]]
 
 
 def served_view(store: FeatureStore, name: str) -> ServedView:
-    """What the registry knows about one of this project's views."""
+    """What the registry knows about one of this project's views.
+
+    Raises:
+        VersionMismatchError: The view's name and its embedding version disagree.
+    """
     view = store.registry.get_feature_view(name, store.project, allow_cache=True)
     feature = view.features[0]
+    version = view.tags.get("embedding_version", "")
+    if not version.startswith(name.rpartition("__")[2]):
+        raise VersionMismatchError(
+            f"view {name} says that it holds embedding version {version[:8]}",
+            "register the publication again with `feast apply`",
+        )
     return ServedView(
         name=name,
         instruction=feature.name,
         embedding_dim=feature.vector_length,
         ttl=view.ttl or timedelta(0),
         join_key=view.entity_columns[0].name,
+        embedding_version=version,
+        stored=stored_feature(store, view),
     )
 
 
@@ -170,40 +252,59 @@ def read_stored(store: FeatureStore, views: Mapping[str, ServedView], user_ids: 
 
     Whether a user is found is told by the value: for an unknown user SQLite answers NOT_FOUND, Redis PRESENT and null.
     """
-    result: dict[str, Stored] = {
-        name: (
-            np.zeros((len(user_ids), view.embedding_dim), dtype=np.float32),
-            np.zeros(len(user_ids), dtype=np.bool_),
-            np.full(len(user_ids), np.datetime64("NaT"), dtype="datetime64[us]"),
-        )
-        for name, view in views.items()
-    }
-    if not user_ids or not views:
-        return result
-    key = next(iter(views.values())).join_key
-    response = store.get_online_features(
-        features=[view.ref for view in views.values()], entity_rows=[{key: one} for one in user_ids]
-    ).proto
-    for name, column in zip(response.metadata.feature_names.val, response.results, strict=True):
-        if name not in views:
-            continue  # the join key comes back too
-        vectors, found, as_of = result[name]
-        for row, (value, stamp) in enumerate(zip(column.values, column.event_timestamps, strict=True)):
-            numbers = value.float_list_val.val
-            if not numbers:
-                continue
-            if len(numbers) != vectors.shape[1]:
-                raise VersionMismatchError(
-                    f"{views[name].name} holds a vector of {len(numbers)} numbers, not {vectors.shape[1]}",
-                    "apply and materialize the current publication again",
-                )
-            vectors[row] = numbers
-            found[row] = True
-            as_of[row] = np.datetime64(stamp.seconds * 1_000_000 + stamp.nanos // 1_000, "us")
+    if not views:
+        return {}
+    return _read(reader_of(store, next(iter(views.values())).join_key), views, list(user_ids))
+
+
+def _read(reader: Reader, views: Mapping[str, ServedView], ids: list[str]) -> dict[str, Stored]:
+    distinct = ids if len(ids) < 2 else list(dict.fromkeys(ids))
+    if not ids:
+        columns = [Column([], [], []) for _ in views]
+    else:
+        columns = reader.read([view.stored for view in views.values()], distinct)
+    inverse = None
+    if len(distinct) < len(ids):
+        position = {one: row for row, one in enumerate(distinct)}
+        inverse = np.array([position[one] for one in ids])
+    result = {}
+    for (name, view), column in zip(views.items(), columns, strict=True):
+        stored = _arrays(column, len(distinct), view)
+        result[name] = stored if inverse is None else (stored[0][inverse], stored[1][inverse], stored[2][inverse])
     return result
 
 
-def _checked(user_ids: Sequence[str]) -> list[str]:
+def _arrays(column: Column, users: int, view: ServedView) -> Stored:
+    if users == 1 and column.values:  # what a recommender asks most often, without the machinery for many
+        value, prefix = column.values[0], vector_prefix(view.embedding_dim)
+        if len(value) == len(prefix) + 4 * view.embedding_dim and value.startswith(prefix):
+            vector = np.frombuffer(value, "<f4", offset=len(prefix)).reshape(1, -1).copy()
+            return vector, np.ones(1, np.bool_), np.array(column.times_us, "datetime64[us]")
+    matrix, written = decode_vectors(column.values, view.embedding_dim, view.name)
+    rows, times = column.rows, column.times_us
+    if not written.all():  # some were written as null
+        kept = np.flatnonzero(written).tolist()
+        rows, times, matrix = [rows[one] for one in kept], [times[one] for one in kept], matrix[kept]
+    shape = users, view.embedding_dim
+    if len(rows) == users:  # nobody is missing; their order is the store's
+        vectors, as_of = np.empty(shape, np.float32), np.empty(users, "datetime64[us]")
+        vectors[rows], as_of[rows] = matrix, np.array(times, "datetime64[us]")
+        return vectors, np.ones(users, np.bool_), as_of
+    vectors, found, as_of = np.zeros(shape, np.float32), np.zeros(users, np.bool_), np.full(users, _NAT)
+    if rows:
+        vectors[rows], found[rows], as_of[rows] = matrix, True, np.array(times, "datetime64[us]")
+    return vectors, found, as_of
+
+
+_NAT = np.datetime64("NaT", "us")
+
+
+def checked_ids(user_ids: Sequence[str]) -> list[str]:
+    """The ids as a list.
+
+    Raises:
+        ConfigError: One is not a non-blank string; the message gives its position, never its value.
+    """
     if isinstance(user_ids, str | bytes):
         raise ConfigError("user ids must be a list of strings, got one string", "put it into a list")
     ids = list(user_ids)
@@ -213,6 +314,6 @@ def _checked(user_ids: Sequence[str]) -> list[str]:
                 f"user id at position {position} is {type(one).__name__}, not a string",
                 "pass ids as the strings the run was computed with",
             )
-        if not one.strip():
+        if not one or one.isspace():
             raise ConfigError(f"user id at position {position} is blank", "leave out rows without a user")
     return ids

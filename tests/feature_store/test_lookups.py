@@ -1,12 +1,12 @@
 """Looking users up: what is found, how old it is, and what is refused."""
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
 from instructue_feast.errors import ConfigError, VersionMismatchError
-from instructue_feast.feature_store import lookup as lookups
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.runs.publish import publish
@@ -61,6 +61,7 @@ def test_only_strangers_get_zeros_of_the_right_size(embeddings):
         (["secret-1", 17], "position 1 is int"),
         ([float("nan")], "position 0 is float"),
         ("secret-1", "got one string"),
+        (["secret-1", "secret-\ud800"], "position 1 has no UTF-8 form"),
     ],
 )
 def test_bad_user_ids_are_refused_by_position_and_never_repeated(embeddings, ids, message):
@@ -82,7 +83,7 @@ def test_an_unknown_service_names_those_there_are(served_repo):
 
 
 def test_strange_user_ids_are_looked_up_as_they_are(embeddings):
-    strange = ["user-0001'; --", "user-0001\x00", " user-0001", "пользователь", "👩‍🚀", "x" * 10_000]
+    strange = ["user-0001'; --", "user-0001\u00a0", "user-0001\x00", " user-0001", "пользователь", "👩‍🚀", "x" * 10_000]
     assert not embeddings.get(strange).found["churn"].any()
 
 
@@ -116,9 +117,7 @@ def test_an_embedding_that_has_outlived_its_ttl_is_not_found(expiring):
 
 
 def test_a_stored_vector_of_another_size_is_refused(embeddings, monkeypatch):
-    served = {
-        name: lookups.ServedView(view.name, name, 4, view.ttl, "user_id") for name, view in embeddings.served().items()
-    }
+    served = {name: dataclasses.replace(view, embedding_dim=4) for name, view in embeddings.served().items()}
     monkeypatch.setattr(embeddings, "served", lambda: served)
     with pytest.raises(VersionMismatchError, match="a vector of 8 numbers, not 4"):
         embeddings.get(["user-0001"])
