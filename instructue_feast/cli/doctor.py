@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -49,8 +50,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Example: [bold]instructue doctor --json[/]
     """
-    checks: list[Callable[[], Finding]] = [_python, _java, _machine, _accelerator, _kernels, _models, _cache_disk]
-    findings = [*(check() for check in checks), *(_package(name) for name in _PACKAGES)]
+    checks: list[Callable[[], Finding]] = [_python, _java, _machine, _accelerator, _models, _cache_disk]
+    findings = [*(check() for check in checks), *_kernels(), *(_package(name) for name in _PACKAGES)]
     ready = not any(one.state == "missing" for one in findings)
     if as_json:
         print_json({"ready": ready, "version": __version__, "findings": [asdict(one) for one in findings]})
@@ -93,12 +94,17 @@ def _accelerator() -> Finding:
     return Finding("accelerator", "ok", f"none, CPU only (torch {torch.__version__})")
 
 
-def _kernels() -> Finding:
-    if importlib.util.find_spec("torch") is None:
-        return Finding("kernels: adapter", "warning", "torch is not installed")
-    from instructue_kernels.adapter import explain_choice
+_KERNELS = ("info_nce", "adapter", "next_token")
 
-    return Finding("kernels: adapter", "ok", explain_choice())
+
+def _kernels() -> list[Finding]:
+    """Which implementation each op would use here, and why."""
+    if importlib.util.find_spec("torch") is None:
+        return [Finding(f"kernels: {name}", "warning", "torch is not installed") for name in _KERNELS]
+    return [
+        Finding(f"kernels: {name}", "ok", importlib.import_module(f"instructue_kernels.{name}").explain_choice())
+        for name in _KERNELS
+    ]
 
 
 def _models() -> Finding:

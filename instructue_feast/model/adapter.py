@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -42,9 +44,32 @@ class SourceAdapter(nn.Module):
 
     def forward(self, vectors_ND: torch.Tensor) -> torch.Tensor:
         """Soft tokens `[N, H]`."""
-        return adapter(
-            vectors_ND, self.norm_weight, self.norm_bias, self.up, self.up_bias, self.down, self.down_bias
-        )  # fmt: skip
+        return adapter(vectors_ND, *self.weights())
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """In the order the op takes them."""
+        return self.norm_weight, self.norm_bias, self.up, self.up_bias, self.down, self.down_bias
+
+
+def packed_soft_tokens(
+    adapters: Sequence[SourceAdapter], vectors_ND: torch.Tensor, texts_of: Sequence[int]
+) -> torch.Tensor:
+    """Soft tokens of texts of several sources at once.
+
+    Args:
+        adapters: Of sources that share an encoder.
+        vectors_ND: Encoder vectors, ordered by source.
+        texts_of: Texts of each source.
+
+    Returns:
+        `[N, H]`.
+    """
+    if len(adapters) == 1:
+        tokens: torch.Tensor = adapters[0](vectors_ND)
+        return tokens
+    offsets = torch.tensor([0, *itertools.accumulate(texts_of)])
+    stacked = (torch.stack(one) for one in zip(*(own.weights() for own in adapters), strict=True))
+    return adapter(vectors_ND, *stacked, offsets=offsets)
 
 
 class NumericAdapter(nn.Module):

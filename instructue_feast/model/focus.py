@@ -77,6 +77,15 @@ class Focus(nn.Module):
         queries: torch.Tensor = self.queries[encoder](vectors_KD)
         return queries
 
+    def similarity(self, encoder: int, vectors_ND: torch.Tensor, wordings_WD: torch.Tensor) -> torch.Tensor:
+        """`[N, W]` similarity of texts and instructions in one encoder's space: `key . query`, without the keys.
+
+        For training, where keys change with every step, and instructions are fewer than a key has numbers.
+        """
+        key: nn.Linear = self.keys[encoder]  # type: ignore[assignment]
+        towards_WD = self.query(encoder, wordings_WD) @ key.weight
+        return vectors_ND @ towards_WD.T
+
     def forward(
         self,
         similarity_BLK: torch.Tensor,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from instructue_feast import schema
 from instructue_feast.errors import DataError, listed
 from instructue_feast.history.pack import PackedHistory
+from instructue_feast.model.adapter import packed_soft_tokens
 from instructue_feast.model.artifacts import cache_root
 from instructue_feast.model.modeling import InstructUEModel, ModelOutput
 from instructue_feast.model.prompt import Suffix, UserBatch
@@ -150,22 +151,23 @@ def embed(
     ids, inverse_T = np.unique(history.text_id, return_inverse=True)
     places = vectors.places(ids)
     source_N = vectors.source_index[places]
-    order = np.argsort(source_N, kind="stable")
+    sources = list(model.config.sources or [])
+    encoder_R = np.array([model.encoder_index(one) for one in sources], np.int64)
+    order = np.lexsort((source_N, encoder_R[source_N]))  # what one encoder made goes through the adapters at once
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
     wordings, wording_of = np.unique(wording_BK, return_inverse=True)
-    # No bias: the query of an empty wording, whose vector is zero, is zero.
-    queries = [
-        model.focus.query(index, one[torch.from_numpy(wordings)].to(model.device))
-        for index, one in enumerate(vectors.wordings)
-    ]
     soft, similarity = [], []
-    for index, source in enumerate(model.config.sources or []):
-        members = places[order][source_N[order] == index]
-        encoder = model.encoder_index(source)
-        part_ND = vectors.events[encoder][torch.from_numpy(vectors.row[members])].to(model.device)
-        soft.append(model.soft_tokens(source, part_ND))
-        similarity.append(model.focus_keys(source, part_ND) @ queries[encoder].T)
+    for encoder, (events, own_wordings) in enumerate(zip(vectors.events, vectors.wordings, strict=True)):
+        members = places[order][encoder_R[source_N[order]] == encoder]
+        part_ND = events[torch.from_numpy(vectors.row[members])].to(model.device)
+        own = np.flatnonzero(encoder_R == encoder)
+        texts_of = np.bincount(vectors.source_index[members], minlength=len(sources))[own]
+        soft.append(packed_soft_tokens([model.adapters[sources[one]] for one in own], part_ND, texts_of.tolist()))  # type: ignore[misc]
+        # No bias: the query of an empty wording, whose vector is zero, is zero.
+        similarity.append(
+            model.focus.similarity(encoder, part_ND, own_wordings[torch.from_numpy(wordings)].to(model.device))
+        )
     row_T = torch.from_numpy(position[inverse_T]).to(model.device)
     user_T = np.repeat(np.arange(len(history)), history.num_tokens)
     asked_TK = torch.from_numpy(wording_of.reshape(wording_BK.shape)[user_T]).to(model.device)

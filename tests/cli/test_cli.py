@@ -92,7 +92,8 @@ def test_doctor_reports_as_json(capsys):
     report = json.loads(capsys.readouterr().out)
     assert code == (0 if report["ready"] else 10)
     names = {one["name"] for one in report["findings"]}
-    assert {"python", "java", "torch", "feast", "pyspark", "kernels: adapter"} <= names
+    assert {"python", "java", "torch", "feast", "pyspark"} <= names
+    assert {"kernels: info_nce", "kernels: adapter", "kernels: next_token"} <= names
 
 
 def test_doctor_says_what_to_install_when_java_is_missing(monkeypatch, capsys):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from instructue_kernels.next_token import chunked as chunked_module
 from instructue_kernels.next_token import explain_choice, next_token_loss
 from instructue_kernels.next_token.chunked import next_token_chunked, torch_has_it
+from instructue_kernels.next_token.op import choose
 from instructue_kernels.next_token.reference import next_token_reference
 
 IMPLS = ["reference", "chunked", *(["torch"] if torch_has_it() else [])]
@@ -180,6 +184,46 @@ def test_without_torchs_own_op_auto_chunks(monkeypatch):
         next_token_loss(hidden, weight, target, impl="torch")
 
 
+def test_liger_is_taken_for_half_precision_where_it_runs_and_asked_for_in_words_where_not(monkeypatch):
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    for module in ("liger", "op"):
+        monkeypatch.setattr(f"instructue_kernels.next_token.{module}.liger_installed", lambda: True)
+    assert choose("auto", half, gpu) == "liger"
+    assert choose("auto", torch.float32, gpu) == ("torch" if torch_has_it() else "liger")
+    assert choose("auto", half, torch.device("cpu")) == "chunked"
+    monkeypatch.setattr("instructue_kernels.next_token.liger.liger_installed", lambda: False)
+    monkeypatch.setattr("instructue_kernels.next_token.op.liger_installed", lambda: False)
+    assert choose("auto", half, gpu) == "chunked"
+    with pytest.raises(ValueError, match=r"not installed \(pip install 'instructue-feast\[liger\]'\)"):
+        choose("liger", half, gpu)
+
+
+_UNDER_THE_INTERPRETER = """
+import torch
+from instructue_kernels.next_token import next_token_loss
+generator = torch.Generator().manual_seed(0)
+hidden, weight = (torch.randn(one, 33, generator=generator) for one in (50, 123))
+target = torch.randint(0, 123, (50,), generator=generator).masked_fill(torch.rand(50, generator=generator) < 0.3, -100)
+found = []
+for impl in ("liger", "reference"):
+    leaves = [one.clone().requires_grad_() for one in (hidden, weight, torch.ones(123))]
+    loss = next_token_loss(*leaves[:2], target, bias=leaves[2], impl=impl)
+    (3 * loss).backward()
+    found.append([loss.detach(), *(one.grad for one in leaves)])
+for ours, theirs in zip(*found, strict=True):
+    torch.testing.assert_close(ours, theirs)
+"""
+
+
+def test_liger_computes_the_same_loss():
+    pytest.importorskip("liger_kernel")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Liger is imported, so in a process of its own
+    done = subprocess.run(
+        [sys.executable, "-c", _UNDER_THE_INTERPRETER], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,7 +232,7 @@ def test_without_torchs_own_op_auto_chunks(monkeypatch):
         ({"target_N": torch.zeros(3)}, "not torch.float32"),
         ({"target_N": torch.tensor([0, 5, 1])}, "targets go from 0 to 5, but the vocabulary has 5 tokens"),
         ({"bias": torch.zeros(4)}, "does not fit a vocabulary of 5"),
-        ({"impl": "fast"}, "use auto, torch, chunked or reference"),
+        ({"impl": "fast"}, "use auto, torch, liger, chunked or reference"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
