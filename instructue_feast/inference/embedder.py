@@ -165,10 +165,12 @@ class UserEmbedder:
         return batch, prepared.suffixes[0], similarity_T1.clone()
 
     def _gather(self, history: PackedHistory, prepared: _Prepared) -> tuple[UserBatch, torch.Tensor]:
-        rows = torch.from_numpy(self.table.rows(history.text_id))
+        rows = self.table.rows(history.text_id)
+        distinct_N, row_T = np.unique(rows, return_inverse=True)  # users share texts: each goes to the device once
         device = self.model.device
-        soft_TH = self.table.soft_tokens[rows].to(device)
-        return UserBatch(history, soft_TH), prepared.similarity_NK[rows].to(device)
+        soft_NH = self.table.soft_tokens[torch.from_numpy(distinct_N)].to(device)
+        batch = UserBatch(history, soft_NH, row_T=torch.from_numpy(row_T).to(device))
+        return batch, prepared.similarity_NK[torch.from_numpy(rows)].to(device)
 
     def _prepare(self, instructions: Sequence[Instruction]) -> _Prepared:
         """What all users share of a set of instructions: suffixes, similarity of every text, states in the LLM."""

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
+from instructue_feast.model.prompt import PaddedUsers, one_hot
 from instructue_feast.model.seeding import fill_normal, orthonormal
+from instructue_kernels.text_pool import text_pool
 
 # N = texts, D = encoder size, F = focus size, H = hidden size, B = users, L = most texts of a user, K = instructions,
 # M = distinct instructions, C = numeric columns
@@ -89,27 +91,16 @@ class Focus(nn.Module):
     def forward(
         self,
         similarity_BLK: torch.Tensor,
-        valid_BL: torch.Tensor,
-        soft_BLH: torch.Tensor,
-        count_BLH: torch.Tensor,
-        age_BLH: torch.Tensor,
-        count_bucket_BL: torch.Tensor,
-        age_bucket_BL: torch.Tensor,
-        log_gate_BL: torch.Tensor | None = None,
+        padded: PaddedUsers,
     ) -> FocusResult:
         """Pools each user's texts for each instruction.
 
         Args:
-            similarity_BLK: Similarity of each text and instruction; anything where `valid_BL` is false.
-            valid_BL: True where a user has a text.
-            soft_BLH: Soft tokens without count and age.
-            count_BLH: Count embeddings.
-            age_BLH: Age embeddings.
-            count_bucket_BL: Count buckets.
-            age_bucket_BL: Age buckets.
-            log_gate_BL: Logarithm of how much of each text is there; None for all.
+            similarity_BLK: Similarity of each text and instruction; anything where there is no text.
+            padded: The texts, their soft tokens, and the embeddings of count and age.
         """
-        valid_BL1 = valid_BL[:, :, None]
+        events, log_gate_BL = padded.events, padded.log_gate()
+        valid_BL1 = padded.valid_BL[:, :, None]
         if similarity_BLK.shape[1] == 0:
             tokens = self.nothing.expand(*similarity_BLK.shape[::2], -1)
             return FocusResult(tokens=tokens, weights=similarity_BLK)
@@ -122,16 +113,21 @@ class Focus(nn.Module):
         weights_BKL = weights_BLK.transpose(1, 2)
         similarity_BLK = similarity_BLK.masked_fill(~valid_BL1, 0.0)
         levels_BL2 = torch.stack(
-            [count_bucket_BL / (NUM_COUNT_BUCKETS - 1), age_bucket_BL / (NUM_AGE_BUCKETS - 1)], dim=-1
+            [padded.count_BL / (NUM_COUNT_BUCKETS - 1), padded.age_BL / (NUM_AGE_BUCKETS - 1)], dim=-1
         )
         scalars = [
             similarity_BLK.masked_fill(~valid_BL1, -1.0).amax(1)[:, :, None],
             (weights_BLK * similarity_BLK).sum(1)[:, :, None],
             weights_BKL @ levels_BL2,
         ]
-        pooled = [weights_BKL @ soft_BLH, weights_BKL @ count_BLH, weights_BKL @ age_BLH]
+        weights_TK = weights_BLK.flatten(0, 1)[padded.place_T]
+        pooled = [
+            text_pool(weights_TK, events.soft_NH, padded.offsets, rows=events.row_T),
+            (weights_BKL @ one_hot(padded.count_BL, events.count_CH)) @ events.count_CH,
+            (weights_BKL @ one_hot(padded.age_BL, events.age_AH)) @ events.age_AH,
+        ]
         tokens_BKH = self.mix(torch.cat([*pooled, *scalars], dim=-1))
-        has_texts_B11 = valid_BL.any(1)[:, None, None]
+        has_texts_B11 = padded.valid_BL.any(1)[:, None, None]
         return FocusResult(tokens=torch.where(has_texts_B11, tokens_BKH, self.nothing), weights=weights_BLK)
 
 

@@ -23,7 +23,7 @@ from instructue_feast.model.focus import Focus, FocusResult, NumberFocus
 from instructue_feast.model.instruction_states import InstructionStates, numbers_of, read_instructions
 from instructue_feast.model.layout import Ints, PackedPrompts
 from instructue_feast.model.passes import Prompts, run_in_line, run_in_two
-from instructue_feast.model.prompt import PaddedUsers, PromptTokens, Suffix, UserBatch
+from instructue_feast.model.prompt import PaddedUsers, PromptInputs, PromptTokens, Suffix, UserBatch
 
 # B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
 # H = hidden size, K = instructions, S = padded prompt length
@@ -321,7 +321,7 @@ class InstructUEModel(nn.Module):
         focus = self._focus(padded, similarity_TK)
         tokens_BKH = self._focus_tokens(focus, values_BC, suffixes)
         numeric_BGH = self.numeric(values_BC)
-        table_VH, prompts, first_text = self.prompt.assemble(
+        inputs, prompts = self.prompt.assemble(
             batch,
             padded,
             numeric_BGH,
@@ -332,10 +332,10 @@ class InstructUEModel(nn.Module):
         )
         log_gate_BL, log_gate_BS = padded.log_gate(), None
         if log_gate_BL is not None:
-            place_BS = torch.from_numpy(prompts.row_BS).to(self.device) - first_text
-            is_text_BS = (place_BS >= 0) & (place_BS < log_gate_BL.numel())
-            log_gate_BS = torch.where(is_text_BS, log_gate_BL.flatten()[place_BS.where(is_text_BS, 0)], 0.0)
-        hidden_BSH = self._run_llm(table_VH, prompts, states, numbers_of(states, suffixes), log_gate_BS)
+            text_BS = torch.from_numpy(prompts.row_BS).to(self.device) - inputs.first_text
+            log_gate_T = log_gate_BL.flatten()[padded.place_T]
+            log_gate_BS = torch.where(text_BS >= 0, log_gate_T[text_BS.clamp(min=0)], 0.0)
+        hidden_BSH = self._run_llm(inputs, prompts, states, numbers_of(states, suffixes), log_gate_BS)
         users = torch.arange(len(history), device=self.device)[:, None]
         readout_BKH = hidden_BSH[users, torch.from_numpy(prompts.readout_BK).to(self.device)]
         return ModelOutput(self.projection(self.user_centre(readout_BKH)), hidden_BSH, prompts, focus.weights)
@@ -369,16 +369,7 @@ class InstructUEModel(nn.Module):
         similarity_BLK = similarity_TK.new_zeros(*padded.text_BL.shape, similarity_TK.shape[1])
         if len(similarity_TK):
             similarity_BLK = similarity_TK[padded.text_BL]
-        result: FocusResult = self.focus(
-            similarity_BLK,
-            padded.valid_BL,
-            padded.soft_BLH,
-            self.prompt.count(padded.count_BL),
-            self.prompt.age(padded.age_BL),
-            padded.count_BL,
-            padded.age_BL,
-            padded.log_gate(),
-        )
+        result: FocusResult = self.focus(similarity_BLK, padded)
         return result
 
     @property
@@ -388,7 +379,7 @@ class InstructUEModel(nn.Module):
 
     def _run_llm(
         self,
-        table_VH: torch.Tensor,
+        inputs: PromptInputs,
         prompts: PackedPrompts,
         states: InstructionStates,
         numbers: list[Ints],
@@ -398,7 +389,7 @@ class InstructUEModel(nn.Module):
         asks = np.stack([np.append(own, -1) for own in numbers])  # the last for prefix and padding
         asks_BS = np.take_along_axis(asks, np.maximum(prompts.segment_BS, 0) - 1, axis=1)
         laid = Prompts(
-            inputs_BSH=table_VH.to(self.llm_dtype)[torch.from_numpy(prompts.row_BS).to(self.device)],
+            inputs_BSH=inputs.fill(prompts.row_BS, self.llm_dtype),
             segment_BS=torch.from_numpy(prompts.segment_BS).to(self.device),
             position_BS=torch.from_numpy(prompts.position_BS).to(self.device) + self.config.instruction_tokens,
             asks_BS=torch.from_numpy(asks_BS).to(self.device),

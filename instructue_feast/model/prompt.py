@@ -24,9 +24,11 @@ from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.model.layout import Ints, PackedPrompts, pack
 from instructue_feast.model.seeding import fill_normal
+from instructue_kernels.prompt_slots import Events, prompt_slots
+from instructue_kernels.text_pool import text_pool
 
-# B = users, T = texts of all users, L = most texts of a user, R = sources, G = numeric groups, C = numeric columns,
-# H = hidden size, K = instructions, V = rows of the embedding table
+# B = users, T = texts of all users, N = distinct texts, L = most texts of a user, R = sources, G = numeric groups,
+# C = numeric columns, H = hidden size, K = instructions, V = rows of the embedding table, S = padded prompt length
 
 _BUCKET_SCALE = 0.3
 """Initial size of count and age embeddings, in units of a soft token: visible, but not louder than the text."""
@@ -43,14 +45,16 @@ class UserBatch:
 
     Attributes:
         history: Their packed histories.
-        soft_TH: Soft token of each text, without count and age.
+        soft_NH: Soft tokens of texts, without count and age.
         gate_T: How much of each text is there, above 0 up to 1; None for all of all. Toward 0 a text fades from focus,
             summaries and attention; differentiable, for explanations.
+        row_T: Row of each text in `soft_NH`; None if it holds one per text, in order.
     """
 
     history: PackedHistory
-    soft_TH: torch.Tensor
+    soft_NH: torch.Tensor
     gate_T: torch.Tensor | None = None
+    row_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,30 +203,40 @@ class PromptTokens(nn.Module):
             raise DataError("packed history: the tokens of a user are not ordered by source", "extract again")
 
     def pad(self, batch: UserBatch) -> PaddedUsers:
-        """Lays the texts of each user into rows of equal length."""
-        history, device = batch.history, batch.soft_TH.device
+        """Lays what is known of the texts of each user, but not their soft tokens, into rows of equal length."""
+        history, device = batch.history, batch.soft_NH.device
         lengths = history.num_tokens
         longest = int(lengths.max(initial=0))
         columns = np.arange(longest)
         valid_BL = columns[None, :] < lengths[:, None]
         text_BL = np.where(valid_BL, history.offsets[:-1, None] + columns[None, :], 0)
 
-        def padded(values: npt.NDArray[np.int32]) -> torch.Tensor:
-            rows = values[text_BL] if len(values) else np.zeros(text_BL.shape, np.int32)
-            return torch.from_numpy(rows.astype(np.int64)).to(device)
+        def on_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-        soft_BLH = batch.soft_TH.new_zeros(*text_BL.shape, batch.soft_TH.shape[1])
-        if longest:
-            soft_BLH = batch.soft_TH[torch.from_numpy(text_BL).to(device)]
-        valid = torch.from_numpy(valid_BL).to(device)
+        def padded(values: npt.NDArray[np.int32]) -> torch.Tensor:
+            return on_device((values[text_BL] if len(values) else np.zeros(text_BL.shape)).astype(np.int64))
+
+        texts = on_device(text_BL)
+        number = len(history.text_id)
         return PaddedUsers(
-            text_BL=torch.from_numpy(text_BL).to(device),
-            valid_BL=valid,
-            soft_BLH=soft_BLH * valid[:, :, None],
+            text_BL=texts,
+            valid_BL=on_device(valid_BL),
+            place_T=on_device(np.flatnonzero(valid_BL)),
+            offsets=torch.from_numpy(history.offsets.astype(np.int64)),
             source_BL=padded(history.source_index),
             count_BL=padded(history.count_bucket),
             age_BL=padded(history.age_bucket),
-            gate_BL=None if batch.gate_T is None or not longest else batch.gate_T[torch.from_numpy(text_BL).to(device)],
+            events=Events(
+                batch.soft_NH,
+                self.count.weight,
+                self.age.weight,
+                torch.arange(number, device=device) if batch.row_T is None else batch.row_T,
+                on_device(history.count_bucket.astype(np.int64)),
+                on_device(history.age_bucket.astype(np.int64)),
+            ),
+            gate_T=batch.gate_T,
+            gate_BL=None if batch.gate_T is None or not longest else batch.gate_T[texts],
         )
 
     def assemble(
@@ -234,8 +248,8 @@ class PromptTokens(nn.Module):
         suffixes: Sequence[Sequence[Suffix]],
         preamble: Ints,
         embed: Any,
-    ) -> tuple[torch.Tensor, PackedPrompts, int]:
-        """Builds the table of token embeddings and the rows of every prompt.
+    ) -> tuple[PromptInputs, PackedPrompts]:
+        """Gathers the embeddings of all tokens, and says which stands where in every prompt.
 
         Args:
             batch: B users.
@@ -247,37 +261,34 @@ class PromptTokens(nn.Module):
             embed: The LLM's input embedding, `[n]` token ids to `[n, H]`.
 
         Returns:
-            The table `[V, H]`, whose row 0 is zero, the packed prompts that index it, and the row of the first text of
-            the first user; `B * L` rows from there are `padded`'s texts.
+            What rows of prompts stand for, and the packed prompts.
         """
-        table = _Table(self.user.shape[1], batch.soft_TH.device)
+        table = _Table(self.user.shape[1])
         distinct = list({id(one): one for own in suffixes for one in own}.values())
         words = np.unique(np.concatenate([preamble, *(one.answer_ids for one in distinct)]))
-        first_word = table.add(embed(torch.from_numpy(words).to(batch.soft_TH.device)))
+        first_word = table.add(embed(torch.from_numpy(words).to(batch.soft_NH.device)))
 
         def word_rows(ids: Ints) -> Ints:
             return first_word + np.searchsorted(words, ids)
 
         opening, closing, missing = table.add(self.opening), table.add(self.closing), table.add(self.missing)
         user_token = table.add(self.user)
-        events_BLH = (padded.soft_BLH + self.count(padded.count_BL) + self.age(padded.age_BL)) * padded.valid_BL[
-            :, :, None
-        ]
         numbers_BR = self.has_numbers(batch.history)
-        source_BRH, user_BH = self._summaries(padded, events_BLH, numeric_BGH, numbers_BR)
-        first_event, first_number = table.add(events_BLH), table.add(numeric_BGH)
+        texts_BR = self.texts_per_source(batch.history)
+        source_BRH, user_BH = self._summaries(padded, texts_BR, numeric_BGH, numbers_BR)
+        first_number = table.add(numeric_BGH)
         first_source, first_user, first_focus = table.add(source_BRH), table.add(user_BH), table.add(focus_BKH)
+        inputs = PromptInputs(table.rows(), padded.events)
 
         head = word_rows(preamble)
-        texts_BR = self.texts_per_source(batch.history)
         shown_BR = self._in_prompt(texts_BR)
         groups = [[g for g, owner in enumerate(self.group_sources) if owner == r] for r in range(self.num_sources)]
-        num_events, num_groups, num_suffixes = events_BLH.shape[1], numeric_BGH.shape[1], focus_BKH.shape[1]
+        num_groups, num_suffixes = numeric_BGH.shape[1], focus_BKH.shape[1]
         tails = {id(one): np.append(user_token, word_rows(one.answer_ids)) for one in distinct}
         prefixes, rows_of_suffixes, readouts = [], [], []
         for user, own in enumerate(suffixes):
             parts: list[Any] = [head]
-            start = first_event + user * num_events
+            start = inputs.first_text + int(batch.history.offsets[user])
             for source in range(self.num_sources):
                 end = start + int(texts_BR[user, source])
                 parts += [[opening + source], np.arange(end - int(shown_BR[user, source]), end)]
@@ -292,12 +303,12 @@ class PromptTokens(nn.Module):
             focus = first_focus + user * num_suffixes
             rows_of_suffixes.append([np.append(focus + k, tails[id(one)]) for k, one in enumerate(own)])
             readouts.append([1] * len(own))
-        return table.rows(), pack(prefixes, rows_of_suffixes, readouts), first_event
+        return inputs, pack(prefixes, rows_of_suffixes, readouts)
 
     def _summaries(
         self,
         padded: PaddedUsers,
-        events_BLH: torch.Tensor,
+        texts_BR: Ints,
         numeric_BGH: torch.Tensor,
         numbers_BR: npt.NDArray[np.bool_],
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,16 +316,27 @@ class PromptTokens(nn.Module):
 
         Sums are matrix products within a user, so they are deterministic on every device and no user touches another.
         """
-        kinds = torch.arange(self.num_sources, device=events_BLH.device)
-        member_BLR = ((padded.source_BL[:, :, None] == kinds) & padded.valid_BL[:, :, None]).to(events_BLH.dtype)
+        events, shape = padded.events, texts_BR.shape
+        kinds = torch.arange(self.num_sources, device=numeric_BGH.device)
+        member_BLR = ((padded.source_BL[:, :, None] == kinds) & padded.valid_BL[:, :, None]).to(numeric_BGH.dtype)
         if padded.gate_BL is not None:
             member_BLR = member_BLR * padded.gate_BL[:, :, None]
-        sum_BRH = member_BLR.transpose(1, 2) @ events_BLH
+        member_BRL = member_BLR.transpose(1, 2)
+        gate_T = numeric_BGH.new_ones(len(events.row_T)) if padded.gate_T is None else padded.gate_T
+        # A user's texts are ordered by source, so each source's are a run of their own.
+        runs = torch.from_numpy(np.append(0, np.cumsum(texts_BR.ravel())))
+        sum_BRH = (
+            text_pool(gate_T[:, None].to(events.soft_NH.dtype), events.soft_NH, runs, rows=events.row_T).view(
+                *shape, -1
+            )
+            + (member_BRL @ one_hot(padded.count_BL, events.count_CH)) @ events.count_CH
+            + (member_BRL @ one_hot(padded.age_BL, events.age_AH)) @ events.age_AH
+        )
         size_BR = member_BLR.sum(1)
         if self.group_sources:
-            has_BR = torch.from_numpy(numbers_BR).to(events_BLH.device)
-            owner_G = torch.tensor(self.group_sources, device=events_BLH.device)
-            member_BGR = ((owner_G[:, None] == kinds) & has_BR[:, None, :]).to(events_BLH.dtype)
+            has_BR = torch.from_numpy(numbers_BR).to(numeric_BGH.device)
+            owner_G = torch.tensor(self.group_sources, device=numeric_BGH.device)
+            member_BGR = ((owner_G[:, None] == kinds) & has_BR[:, None, :]).to(numeric_BGH.dtype)
             sum_BRH = sum_BRH + member_BGR.transpose(1, 2) @ numeric_BGH
             size_BR = size_BR + member_BGR.sum(1)
         empty_BR1 = (size_BR == 0)[:, :, None]
@@ -334,19 +356,25 @@ class PaddedUsers:
     Attributes:
         text_BL: Position in the flat texts; 0 where there is none.
         valid_BL: True where there is a text.
-        soft_BLH: Soft tokens, zero where there is none.
+        place_T: Where each text stands in `B * L`.
+        offsets: `[B + 1]` where each user's texts begin, on the CPU.
         source_BL: Source index.
         count_BL: Count bucket.
         age_BL: Age bucket.
-        gate_BL: How much of each text is there, or None for all.
+        events: The same texts without padding, with their soft tokens.
+        gate_T: How much of each text is there, or None for all.
+        gate_BL: The same, padded.
     """
 
     text_BL: torch.Tensor
     valid_BL: torch.Tensor
-    soft_BLH: torch.Tensor
+    place_T: torch.Tensor
+    offsets: torch.Tensor
     source_BL: torch.Tensor
     count_BL: torch.Tensor
     age_BL: torch.Tensor
+    events: Events
+    gate_T: torch.Tensor | None = None
     gate_BL: torch.Tensor | None = None
 
     def log_gate(self) -> torch.Tensor | None:
@@ -354,12 +382,42 @@ class PaddedUsers:
         return None if self.gate_BL is None else self.gate_BL.clamp(min=_FADED).log()
 
 
-class _Table:
-    """Rows of token embeddings, added block by block; row 0 is zero and stands for padding."""
+@dataclass(frozen=True, slots=True)
+class PromptInputs:
+    """What the rows of packed prompts stand for: 0 is padding, then come rows of a table, then the texts.
 
-    def __init__(self, hidden: int, device: torch.device) -> None:
+    Attributes:
+        table_VH: Embeddings of everything that is not a text.
+        events: The texts.
+    """
+
+    table_VH: torch.Tensor
+    events: Events
+
+    @property
+    def first_text(self) -> int:
+        """Row of the first text of the first user."""
+        return 1 + len(self.table_VH)
+
+    def fill(self, row_BS: Ints, dtype: torch.dtype) -> torch.Tensor:
+        """`[B, S, H]` input of the LLM."""
+        return prompt_slots(
+            self.table_VH, self.events, torch.from_numpy(row_BS - 1).to(self.table_VH.device), dtype=dtype
+        )
+
+
+def one_hot(bucket_BL: torch.Tensor, embedding_CH: torch.Tensor) -> torch.Tensor:
+    """`[B, L, C]` ones where a text has a bucket: sums over texts become a product with the few embeddings."""
+    buckets = torch.arange(len(embedding_CH), device=bucket_BL.device)
+    return (bucket_BL[:, :, None] == buckets).to(embedding_CH.dtype)
+
+
+class _Table:
+    """Rows of token embeddings, added block by block; row 0 stands for padding and is not in the table."""
+
+    def __init__(self, hidden: int) -> None:
         self._hidden = hidden
-        self._blocks = [torch.zeros(1, hidden, device=device)]
+        self._blocks: list[torch.Tensor] = []
         self._length = 1
 
     def add(self, block: torch.Tensor) -> int:

@@ -97,8 +97,8 @@ class UserPrefixes:
         model = self.model
         batch = self._batch(history)
         numeric_BGH = model.numeric(torch.from_numpy(np.ascontiguousarray(history.tabular_numeric)).to(model.device))
-        nothing = batch.soft_TH.new_zeros(len(history), 0, batch.soft_TH.shape[1])
-        table_VH, prompts, _ = model.prompt.assemble(
+        nothing = batch.soft_NH.new_zeros(len(history), 0, batch.soft_NH.shape[1])
+        inputs, prompts = model.prompt.assemble(
             batch,
             model.prompt.pad(batch),
             numeric_BGH,
@@ -108,7 +108,7 @@ class UserPrefixes:
             model.llm.get_input_embeddings(),  # type: ignore[operator]
         )
         past = model.backbone(
-            inputs_embeds=table_VH.to(model.llm_dtype)[torch.from_numpy(prompts.row_BS).to(model.device)],
+            inputs_embeds=inputs.fill(prompts.row_BS, model.llm_dtype),
             attention_mask=additive(block_mask(torch.from_numpy(prompts.segment_BS).to(model.device)), model.llm_dtype),
             position_ids=torch.from_numpy(prompts.position_BS).to(model.device) + model.config.instruction_tokens,
             use_cache=True,

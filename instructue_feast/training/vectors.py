@@ -171,6 +171,6 @@ def embed(
     row_T = torch.from_numpy(position[inverse_T]).to(model.device)
     user_T = np.repeat(np.arange(len(history)), history.num_tokens)
     asked_TK = torch.from_numpy(wording_of.reshape(wording_BK.shape)[user_T]).to(model.device)
-    batch = UserBatch(history, torch.cat(soft)[row_T])
+    batch = UserBatch(history, torch.cat(soft), row_T=row_T)
     output: ModelOutput = model(batch, suffixes, torch.cat(similarity)[row_T[:, None], asked_TK])
     return output

@@ -112,3 +112,12 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_the_choice_is_explained():
     assert explain_choice().startswith("chunked")
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_what_is_frozen_gets_no_gradient(frozen):
+    table, events, slots = problem(3, 5, 4, 2, (20,))
+    leaves = [table, *events[:3]]
+    leaves[frozen].requires_grad_(False)
+    prompt_slots(table, events, slots).sum().backward()
+    assert [one.grad is None for one in leaves] == [place == frozen for place in range(4)]

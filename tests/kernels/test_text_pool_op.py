@@ -82,7 +82,8 @@ def test_no_tensor_of_all_texts_is_made(monkeypatch):
     monkeypatch.setattr(chunked_module, "CPU_ELEMENTS", 40 * 8)
     weights, soft, offsets, rows = problem([10] * 50, 6, 2, 8, grad=False)
     with _Largest() as seen:
-        chunked_module.backward(chunked_module.forward(weights, soft, offsets, rows), weights, soft, offsets, rows)
+        pooled = chunked_module.forward(weights, soft, offsets, rows)
+        chunked_module.backward(pooled, weights, soft, offsets, rows, of_weights=True, of_soft=True)
     assert seen.largest <= max(50 * 2 * 8, 500 * 2)  # the result, or the weights' gradient; 500 texts of 8 are more
     with _Largest() as seen:
         text_pool(weights, soft, offsets, rows=rows, impl="reference")
@@ -121,3 +122,14 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_the_choice_is_explained():
     assert explain_choice().startswith("chunked")
+
+
+def test_what_is_frozen_gets_no_gradient():
+    weights, soft, offsets, rows = problem([3, 0, 2], 4, 2, 5)
+    for frozen, other in ((soft, weights), (weights, soft)):
+        leaves = {id(one): one.detach() for one in (frozen,)}
+        given = [leaves.get(id(one), one) for one in (weights, soft)]
+        text_pool(*given, offsets, rows=rows).sum().backward()
+        assert frozen.grad is None
+        assert other.grad.abs().sum() > 0
+        other.grad = None

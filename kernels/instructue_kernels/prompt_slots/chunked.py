@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from instructue_kernels.prompt_slots.reference import Events
@@ -29,22 +31,25 @@ def forward(table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor, dtype
 
 
 def backward(
-    grad_PH: torch.Tensor, table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor
+    grad_PH: torch.Tensor, table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor, needed: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the table, the soft tokens, the count embeddings and the age embeddings."""
-    wanted = (table_VH, events.soft_NH, events.count_CH, events.age_AH)
-    of_table, of_soft, of_count, of_age = (torch.zeros_like(one) for one in wanted)
+    """Gradients of the table, the soft tokens, the count and the age embeddings; without rows where not `needed`."""
+    wanted = (table_VH, *events[:3])
+    found = [one.new_zeros(len(one) * need, one.shape[1]) for one, need in zip(wanted, needed, strict=True)]
+    of_table, of_soft, of_count, of_age = found
     place_O, place_E = _places(slots_P, len(table_VH))
-    for part in torch.split(place_O, CHUNK):
+    for part in torch.split(place_O, CHUNK) if needed[0] else ():
         add_rows(of_table, slots_P[part], grad_PH[part].to(of_table.dtype))
-    for part in torch.split(place_E, CHUNK):
+    for part in torch.split(place_E, CHUNK) if any(needed[1:]) else ():
         text_X = slots_P[part] - len(table_VH)
         grad_XH = grad_PH[part].to(of_soft.dtype)
-        add_rows(of_soft, events.row_T[text_X], grad_XH)
+        if needed[1]:
+            add_rows(of_soft, events.row_T[text_X], grad_XH)
         # A product with who has which bucket: no order of additions to lose, and faster than adding row by row.
         for total, bucket_T in ((of_count, events.count_T), (of_age, events.age_T)):
-            member_XC = bucket_T[text_X][:, None] == torch.arange(len(total), device=total.device)
-            total.addmm_(member_XC.to(total.dtype).T, grad_XH)
+            if len(total):
+                member_XC = bucket_T[text_X][:, None] == torch.arange(len(total), device=total.device)
+                total.addmm_(member_XC.to(total.dtype).T, grad_XH)
     return of_table, of_soft, of_count, of_age
 
 

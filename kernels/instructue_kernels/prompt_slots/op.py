@@ -92,9 +92,14 @@ def _(
 
 @torch.library.custom_op("instructue::prompt_slots_backward", mutates_args=())
 def _prompt_slots_backward(
-    grad_PH: torch.Tensor, table_VH: torch.Tensor, events: Sequence[torch.Tensor], slots_P: torch.Tensor, impl: str
+    grad_PH: torch.Tensor,
+    table_VH: torch.Tensor,
+    events: Sequence[torch.Tensor],
+    slots_P: torch.Tensor,
+    needed: Sequence[bool],
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _BACKWARD[impl](grad_PH, table_VH, Events(*events), slots_P)
+    return _BACKWARD[impl](grad_PH, table_VH, Events(*events), slots_P, needed)
 
 
 @_prompt_slots_backward.register_fake
@@ -103,10 +108,12 @@ def _(
     table_VH: torch.Tensor,
     events: Sequence[torch.Tensor],
     slots_P: torch.Tensor,  # noqa: ARG001
+    needed: Sequence[bool],
     impl: str,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    soft_NH, count_CH, age_AH, *_ = events
-    return torch.empty_like(table_VH), torch.empty_like(soft_NH), torch.empty_like(count_CH), torch.empty_like(age_AH)
+    wanted = zip((table_VH, *events[:3]), needed, strict=True)
+    a, b, c, d = (one.new_empty(one.shape[0] if need else 0, one.shape[1]) for one, need in wanted)
+    return a, b, c, d
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
@@ -116,7 +123,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None: 
 
 def _differentiate(ctx: Any, grad_PH: torch.Tensor) -> tuple[Any, ...]:
     table_VH, slots_P, *events = ctx.saved_tensors
-    of_table, *of_events = _prompt_slots_backward(grad_PH.contiguous(), table_VH, events, slots_P, ctx.impl)
+    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1][:3]]
+    found = _prompt_slots_backward(grad_PH.contiguous(), table_VH, events, slots_P, needed, ctx.impl)
+    of_table, *of_events = (one if need else None for one, need in zip(found, needed, strict=True))
     return of_table, [*of_events, None, None, None], None, None, None
 
 

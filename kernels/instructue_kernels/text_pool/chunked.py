@@ -35,24 +35,23 @@ def backward(
     soft_NH: torch.Tensor,
     offsets: torch.Tensor,
     rows: torch.Tensor | None,
+    *,
+    of_weights: bool,
+    of_soft: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the weights and of the soft tokens."""
-    grad_TK, grad_NH = torch.zeros_like(weights_TK), torch.zeros_like(soft_NH)
+    """Gradients of the weights and of the soft tokens; without rows where one is not wanted."""
+    grad_TK = weights_TK.new_zeros(len(weights_TK) * of_weights, weights_TK.shape[1])
+    grad_NH = soft_NH.new_zeros(len(soft_NH) * of_soft, soft_NH.shape[1])
     for group, text_GL, valid_GL in _groups(offsets, weights_TK, soft_NH.shape[1]):
         grad_GKH = grad_SKH[group]
-        weights_GLK = _padded(weights_TK, text_GL, valid_GL)
-        of_weights_GLK = _gathered(soft_NH, text_GL, rows) @ grad_GKH.transpose(1, 2)
-        of_soft_GLH = weights_GLK @ grad_GKH
-        if valid_GL is None:
-            text_X, of_weights_XK, of_soft_XH = (
-                text_GL.flatten(),
-                of_weights_GLK.flatten(0, 1),
-                of_soft_GLH.flatten(0, 1),
-            )
-        else:
-            text_X, of_weights_XK, of_soft_XH = text_GL[valid_GL], of_weights_GLK[valid_GL], of_soft_GLH[valid_GL]
-        grad_TK[text_X] = of_weights_XK
-        add_rows(grad_NH, text_X if rows is None else rows[text_X], of_soft_XH)
+        text_X = text_GL.flatten() if valid_GL is None else text_GL[valid_GL]
+        if of_weights:
+            grad_GLK = _gathered(soft_NH, text_GL, rows) @ grad_GKH.transpose(1, 2)
+            grad_TK[text_X] = grad_GLK.flatten(0, 1) if valid_GL is None else grad_GLK[valid_GL]
+        if of_soft:
+            grad_GLH = _padded(weights_TK, text_GL, valid_GL) @ grad_GKH
+            grad_XH = grad_GLH.flatten(0, 1) if valid_GL is None else grad_GLH[valid_GL]
+            add_rows(grad_NH, text_X if rows is None else rows[text_X], grad_XH)
     return grad_TK, grad_NH
 
 

@@ -104,9 +104,11 @@ def _text_pool_backward(
     soft_NH: torch.Tensor,
     offsets: torch.Tensor,
     rows: torch.Tensor | None,
+    of_weights: bool,
+    of_soft: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _BACKWARD[impl](grad_SKH, weights_TK, soft_NH, offsets, rows)
+    return _BACKWARD[impl](grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
 
 
 @_text_pool_backward.register_fake
@@ -116,9 +118,14 @@ def _(
     soft_NH: torch.Tensor,
     offsets: torch.Tensor,  # noqa: ARG001
     rows: torch.Tensor | None,  # noqa: ARG001
+    of_weights: bool,
+    of_soft: bool,
     impl: str,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(weights_TK), torch.empty_like(soft_NH)
+    return (
+        weights_TK.new_empty(weights_TK.shape[0] if of_weights else 0, weights_TK.shape[1]),
+        soft_NH.new_empty(soft_NH.shape[0] if of_soft else 0, soft_NH.shape[1]),
+    )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
@@ -127,8 +134,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None: 
 
 
 def _differentiate(ctx: Any, grad_SKH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    of_weights, of_soft = _text_pool_backward(grad_SKH.contiguous(), *ctx.saved_tensors, ctx.impl)
-    return of_weights, of_soft, None, None, None
+    needed = ctx.needs_input_grad[:2]
+    found = _text_pool_backward(grad_SKH.contiguous(), *ctx.saved_tensors, *needed, ctx.impl)
+    return *(one if need else None for one, need in zip(found, needed, strict=True)), None, None, None
 
 
 _text_pool.register_autograd(_differentiate, setup_context=_remember)
