@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.history.pack import PackedHistory
@@ -14,6 +16,7 @@ from instructue_feast.instructions import Instruction
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.factory import untrained
 from instructue_feast.model.modeling import InstructUEModel
+from instructue_feast.schema import PACKED_HISTORY
 
 SOURCES = ("bill", "app", "tabular")
 NUMERIC = (("tabular", "money", "spend"), ("tabular", "money", "visits"), ("tabular", "age", "years"))
@@ -83,3 +86,19 @@ def make_history(sizes: list[tuple[int, int, int]], *, seed: int = 0) -> PackedH
         num_events=np.array(sizes, np.int32),
         tabular_numeric=numeric,
     )
+
+
+def history_table(history: PackedHistory) -> pa.Table:
+    """Packed histories in their Arrow form."""
+    bounds = list(itertools.pairwise(history.offsets.tolist()))
+    columns = {
+        "user_id": history.user_ids,
+        "as_of": pa.array(history.as_of_us, pa.timestamp("us", tz="UTC")),
+        **{
+            name: [getattr(history, name)[start:end] for start, end in bounds]
+            for name in ("source_index", "text_id", "count_bucket", "age_bucket")
+        },
+        "num_events": list(history.num_events),
+        "tabular_numeric": list(history.tabular_numeric),
+    }
+    return pa.table(columns, schema=PACKED_HISTORY)

@@ -15,6 +15,7 @@ from instructue_feast.cli import (
     data,
     demo,
     doctor,
+    embed,
     explain,
     extract,
     get,
@@ -50,6 +51,7 @@ app.command()(backfill.backfill)
 app.command()(publish.publish)
 app.command()(materialize.materialize)
 app.command()(get.get)
+app.command()(embed.embed)
 app.command()(explain.explain)
 app.command()(demo.demo)
 

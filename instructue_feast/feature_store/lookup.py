@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from feast import FeatureStore
 from feast.errors import FeatureServiceNotFoundException
 
 from instructue_feast.errors import ConfigError, StorageError, VersionMismatchError, did_you_mean, listed
+from instructue_feast.feature_store.adhoc import AdHocEmbeddings, Embedded
 from instructue_feast.feature_store.online import to_micros
 from instructue_feast.feature_store.readers import (
     Column,
@@ -27,6 +28,7 @@ from instructue_feast.feature_store.readers import (
 )
 from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.wire import decode_vectors, vector_prefix
+from instructue_feast.instructions import Instruction
 
 # U = users, D = embedding_dim
 DEFAULT_SERVICE = "user_embeddings"
@@ -203,6 +205,26 @@ class UserEmbeddings:
         except KeyError as error:
             name = str(error.args[0])
             raise ConfigError(f"unknown instruction {name!r}", did_you_mean(name, served)) from None
+
+    def embed(
+        self, user_ids: Sequence[str], instruction: str | Instruction, *, now: datetime | None = None
+    ) -> Embedded:
+        """Embeds users under an instruction nobody planned for, with the model of the published run.
+
+        See `AdHocEmbeddings.embed`, whose errors it raises; the model is loaded by the first call.
+        """
+        return self.ad_hoc.embed(checked_ids(user_ids), instruction, now=now)
+
+    async def embed_async(
+        self, user_ids: Sequence[str], instruction: str | Instruction, *, now: datetime | None = None
+    ) -> Embedded:
+        """The same without blocking the event loop; concurrent calls share forward passes."""
+        return await self.ad_hoc.embed_async(checked_ids(user_ids), instruction, now=now)
+
+    @cached_property
+    def ad_hoc(self) -> AdHocEmbeddings:
+        """What answers `embed`."""
+        return AdHocEmbeddings(self.store, service=self.service)
 
     async def get_async(
         self, user_ids: Sequence[str], instructions: Sequence[str] | None = None, *, now: datetime | None = None

@@ -15,10 +15,12 @@ from feast import FeatureStore, FeatureView
 
 from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, PublishConflictError, StorageError, VersionMismatchError
+from instructue_feast.feature_store.histories import read_histories
 from instructue_feast.feature_store.lookup import read_stored, served_view
 from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.views import OWNER, OWNER_TAG, feature_views
 from instructue_feast.runs.audit import vector_matrix
+from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.store import OutputStore
 
@@ -29,7 +31,10 @@ _SAMPLED_ROWS = 16  # of each sampled file
 
 @dataclass(frozen=True, slots=True)
 class MaterializedView:
-    """One view in the online store: `rows` users of the run with that `as_of`, written in `seconds`."""
+    """One view in the online store: `rows` users of the run with that `as_of`, written in `seconds`.
+
+    `instruction` is `packed_history` for the view of packed histories.
+    """
 
     name: str
     rows: int
@@ -92,7 +97,7 @@ def materialize(
         on_view: Called after each view.
 
     Returns:
-        One entry per current view.
+        One entry per current view, the packed histories last.
 
     Raises:
         ConfigError: Nothing is published.
@@ -125,6 +130,16 @@ def materialize(
         done.append(result)
         if on_view:
             on_view(result)
+    history = next((one for one in publication.histories if one.name == publication.current_history), None)
+    if history:
+        started, as_of = time.monotonic(), datetime.fromisoformat(history.as_of)
+        with quiet():
+            store.materialize(as_of - timedelta(seconds=1), as_of, feature_views=[history.name])
+        _verify_histories(store, output, publication, history)
+        seconds = round(time.monotonic() - started, 3)
+        done.append(MaterializedView(history.name, history.rows, seconds, FEATURE, history.as_of))
+        if on_view:
+            on_view(done[-1])
     latest = current_publication(output)
     if latest is None or latest.id != publication.id:
         raise PublishConflictError(
@@ -184,3 +199,31 @@ def _verify(store: FeatureStore, output: OutputStore, publication: Publication, 
             "does another process write the same online store? Materialize again",
         )
     return rows
+
+
+def _verify_histories(
+    store: FeatureStore, output: OutputStore, publication: Publication, history: PublishedHistory
+) -> None:
+    """Compares a sample of the packed histories with what is served.
+
+    Raises:
+        StorageError: A sampled user's is not served, or another one.
+    """
+    folder = ("published", publication.id, history.name)
+    names, wrong, asked = output.names(*folder), 0, 0
+    for name in names[:: max(1, len(names) // _SAMPLED_FILES)][:_SAMPLED_FILES]:
+        with output.fs.open(output.path(*folder, name), "rb") as stream:
+            batch = next(pq.ParquetFile(stream).iter_batches(_SAMPLED_ROWS, columns=["user_id", FEATURE]), None)
+        if batch is None:
+            continue
+        with quiet():
+            served = read_histories(store, history.name, batch.column("user_id").to_pylist())
+        asked += len(served)
+        expected = batch.column(FEATURE).to_pylist()
+        wrong += sum(1 for one, right in zip(served, expected, strict=True) if one != right)
+    if wrong:
+        raise StorageError(
+            f"view {history.name}: the online store serves {wrong} of {asked} sampled packed histories not at all or "
+            f"differently than run {history.run_id} has them",
+            "does another process write the same online store? Materialize again",
+        )

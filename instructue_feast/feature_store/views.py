@@ -8,16 +8,19 @@ from pathlib import Path
 
 from feast import Entity, FeatureService, FeatureView, Field, FileSource
 from feast.data_format import ParquetFormat
-from feast.types import Array, Float32, String
+from feast.types import Array, Bytes, Float32, String
 from feast.value_type import ValueType
 
 from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.store import OutputStore
 
 OWNER_TAG = "managed_by"
 OWNER = "instructue-feast"
 """Objects with this tag come from here; `apply_repo` never removes any other."""
+HISTORY_TAG = "packed_history"
+"""Tag of the feature service: the view whose packed histories the model of its embeddings reads."""
 
 
 def feature_views(config_path: Path | str) -> dict[str, object]:
@@ -56,6 +59,8 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
         return objects
     views = {view.name: _feature_view(config, publication, view, entity) for view in publication.views}
     objects.update(views)
+    histories = {one.name: _history_view(config, publication, one, entity) for one in publication.histories}
+    objects.update(histories)
     declared = config.registry()
     served = [views[name] for instruction, name in publication.current.items() if instruction in declared]
     if served:
@@ -63,7 +68,12 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
             name=config.feast.service,
             features=served,
             description="The current user embedding of every instruction.",
-            tags={OWNER_TAG: OWNER, "publication": publication.id, "run": publication.run_id},
+            tags={
+                OWNER_TAG: OWNER,
+                "publication": publication.id,
+                "run": publication.run_id,
+                HISTORY_TAG: publication.current_history or "",
+            },
         )
     return objects
 
@@ -71,7 +81,6 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
 def _feature_view(
     config: InstructueConfig, publication: Publication, view: PublishedView, entity: Entity
 ) -> FeatureView:
-    store = OutputStore(config.output.path)
     tags = {
         OWNER_TAG: OWNER,
         "instruction": view.instruction,
@@ -83,15 +92,7 @@ def _feature_view(
         "as_of": view.newest.as_of,
     }
     key = config.feast.join_key
-    source = FileSource(
-        name=f"{view.name}__source",
-        path=store.url("published", publication.id, view.name),
-        file_format=ParquetFormat(),
-        timestamp_field="event_timestamp",
-        created_timestamp_column="created",
-        field_mapping=None if key == "user_id" else {"user_id": key},
-        tags={OWNER_TAG: OWNER},
-    )
+    source = _source(config, publication, view.name)
     vector = Field(
         name=view.instruction,
         dtype=Array(Float32),
@@ -109,4 +110,44 @@ def _feature_view(
         online=True,
         description=f"User embedding for the instruction {view.instruction}, version {view.embedding_version[:8]}.",
         tags=tags,
+    )
+
+
+def _history_view(
+    config: InstructueConfig, publication: Publication, history: PublishedHistory, entity: Entity
+) -> FeatureView:
+    """Packed histories, for `AdHocEmbeddings`; in no feature service, because no recommender takes them as input."""
+    key = config.feast.join_key
+    return FeatureView(
+        name=history.name,
+        entities=[entity],
+        ttl=timedelta(days=config.feast.ttl_days),
+        schema=[
+            Field(name=key, dtype=String),
+            Field(name=FEATURE, dtype=Bytes, description="Packed history; see `runs/history_bytes.py`."),
+        ],
+        source=_source(config, publication, history.name),
+        online=True,
+        description=f"Packed histories that model version {history.model_version[:8]} reads.",
+        tags={
+            OWNER_TAG: OWNER,
+            "model_version": history.model_version,
+            "history_digest": history.history_digest,
+            "publication": publication.id,
+            "run": history.run_id,
+            "as_of": history.as_of,
+        },
+    )
+
+
+def _source(config: InstructueConfig, publication: Publication, view: str) -> FileSource:
+    key = config.feast.join_key
+    return FileSource(
+        name=f"{view}__source",
+        path=OutputStore(config.output.path).url("published", publication.id, view),
+        file_format=ParquetFormat(),
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created",
+        field_mapping=None if key == "user_id" else {"user_id": key},
+        tags={OWNER_TAG: OWNER},
     )

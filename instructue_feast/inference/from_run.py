@@ -19,7 +19,12 @@ from instructue_feast.runs.store import OutputStore
 
 
 def open_embedder(
-    store: OutputStore, run_id: str, *, dtype: str = "float32", max_batch_tokens: int | None = None
+    store: OutputStore,
+    run_id: str,
+    *,
+    dtype: str = "float32",
+    max_batch_tokens: int | None = None,
+    model: InstructUEModel | None = None,
 ) -> UserEmbedder:
     """Loads the model, the soft-token table and the soft prompts of a run.
 
@@ -28,6 +33,7 @@ def open_embedder(
         run_id: The run.
         dtype: Compute type of the LLM, `float32` or `bfloat16`.
         max_batch_tokens: Upper bound on the padded tokens of one forward pass; `None` for what suits the device.
+        model: The run's model where it is loaded already: another run of the same model needs its table only.
 
     Returns:
         An embedder for the users of that run's extract.
@@ -38,18 +44,20 @@ def open_embedder(
     """
     folder = Path(store.path("runs", run_id))
     if store.is_local:
-        return _open(folder, dtype, max_batch_tokens)
+        return _open(folder, dtype, max_batch_tokens, model)
     with tempfile.TemporaryDirectory() as scratch:
-        store.fs.get(store.path("runs", run_id, "model") + "/", f"{scratch}/model/", recursive=True)
+        if model is None:
+            store.fs.get(store.path("runs", run_id, "model") + "/", f"{scratch}/model/", recursive=True)
         table = "soft_tokens.safetensors"
         store.fs.get(store.path("runs", run_id, table), f"{scratch}/{table}")
         if store.exists("runs", run_id, FOLDER):
             store.fs.get(store.path("runs", run_id, FOLDER) + "/", f"{scratch}/{FOLDER}/", recursive=True)
-        return _open(Path(scratch), dtype, max_batch_tokens)
+        return _open(Path(scratch), dtype, max_batch_tokens, model)
 
 
-def _open(folder: Path, dtype: str, max_batch_tokens: int | None) -> UserEmbedder:
-    model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
+def _open(folder: Path, dtype: str, max_batch_tokens: int | None, model: InstructUEModel | None) -> UserEmbedder:
+    if model is None:
+        model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")
     prompts = load_run_soft_prompts(folder)
     return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens, soft_prompts=prompts)

