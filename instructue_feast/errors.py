@@ -92,6 +92,18 @@ class MissingDependencyError(InstructueError):
     exit_code = 10
 
 
+class QualityError(InstructueError):
+    """A quality gate found a run unfit to be published."""
+
+    exit_code = 11
+
+
+class StoppedError(InstructueError):
+    """The job was told to stop."""
+
+    exit_code = 143
+
+
 def listed(names: Iterable[str], limit: int = 30) -> str:
     """Formats the names that do exist, for an error message.
 

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 data, 4 leakage, 5 version mismatch, 6 unsafe artefact,
-    7 conflict, 8 invalid embedding, 9 storage, 10 missing dependency, 130 interrupted.
+    7 conflict, 8 invalid embedding, 9 storage, 10 missing dependency, 11 a quality gate, 130 interrupted,
+    143 a job was told to stop.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -106,18 +106,24 @@ class RunInstruction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketMarker:
-    """One finished bucket of a run."""
+    """One finished bucket of a run; of its rows, `carried` are a base run's and `empty` have no history at all."""
 
     bucket: int
     rows: int
     digest: str
     tokens: int
     seconds: float
+    carried: int = 0
+    empty: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunManifest:
-    """A finished run; `model_loads` counts how often a worker loaded the model, once per Python worker at best."""
+    """A finished run.
+
+    `model_loads` counts how often a worker loaded the model, once per Python worker at best. Of the users, `carried`
+    have the vectors of `base_run`, because nothing about them had changed, and `empty` have no history at all.
+    """
 
     run_id: str
     project: str
@@ -137,6 +143,9 @@ class RunManifest:
     digest: str
     seconds: float
     model_loads: int = 0
+    base_run: str | None = None
+    carried: int = 0
+    empty: int = 0
 
 
 def to_json(value: Any) -> dict[str, Any]:

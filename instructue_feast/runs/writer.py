@@ -33,6 +33,8 @@ def write_bucket(
     tokens: int,
     seconds: float,
     dim: int | None = None,
+    carried: int = 0,
+    empty: int = 0,
 ) -> BucketMarker:
     """Audits and writes one bucket; its marker, written last, makes it count.
 
@@ -47,6 +49,8 @@ def write_bucket(
         tokens: Prompt tokens computed for it.
         seconds: Wall time spent on it.
         dim: Size every vector must have, if known.
+        carried: How many rows were taken from a base run.
+        empty: How many users have no history at all.
 
     Raises:
         SchemaError: See `check_embeddings`.
@@ -55,8 +59,9 @@ def write_bucket(
     """
     check_embeddings(table, f"run {run_id}, bucket {bucket}", dim=dim)
     marker = BucketMarker(
-        bucket=bucket, rows=table.num_rows, digest=bucket_digest(table), tokens=tokens, seconds=round(seconds, 3)
-    )
+        bucket=bucket, rows=table.num_rows, digest=bucket_digest(table), tokens=tokens, seconds=round(seconds, 3),
+        carried=carried, empty=empty,
+    )  # fmt: skip
     _write_parquet(store, table, "runs", run_id, bucket_folder(bucket), "part.parquet")
     store.write_json(to_json(marker), "runs", run_id, bucket_folder(bucket), "marker.json")
     return marker

@@ -1,48 +1,73 @@
 """The backfill job: extract, encode what is new, embed every user, finish the run, publish it.
 
     python -m instructue_spark.backfill --config instructue.yaml --as-of 2017-10-01T00:00:00Z
+    python -m instructue_spark.backfill --config instructue.yaml --resume latest
 
-Prints one JSON object per line (`instructue_spark.report`). A run that fails leaves neither run nor extract
-behind; event vectors that were finished stay, because they are as good as new for the next run. A finished run stays,
-also when its publication fails: `instructue publish` can be tried again.
+Prints one JSON object per line (`instructue_spark.report`). A run that stops on the way can be resumed: its extract,
+event vectors and finished buckets stay (docs/backfill.md). Only a run that failed on what a retry cannot mend, such as
+broken weights, leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from pyspark.sql import SparkSession
 
 from instructue_feast.config import InstructueConfig, load_config
-from instructue_feast.errors import ConfigError, DataError, LeakageError, VersionMismatchError, did_you_mean
+from instructue_feast.errors import (
+    ConfigError,
+    InstructueError,
+    LeakageError,
+    RunConflictError,
+    StorageError,
+    VersionMismatchError,
+    did_you_mean,
+)
 from instructue_feast.inference.soft_prompts import soft_prompts_of
 from instructue_feast.inference.version import embedding_version, model_version
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.factory import load_model
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.runs.audit import combine_digests
+from instructue_feast.runs.ledger import (
+    Ledger,
+    Plan,
+    RunState,
+    note_published,
+    read_ledger,
+    resolve_run,
+    write_ledger,
+)
 from instructue_feast.runs.manifest import (
     ExtractManifest,
     RunInstruction,
     RunManifest,
     check_id,
-    from_json,
     new_id,
     parse_as_of,
     to_json,
 )
-from instructue_feast.runs.publish import prune_publications, publish
+from instructue_feast.runs.ownership import Lease, take
+from instructue_feast.runs.progress import complete_buckets, extract_manifest, intact_buckets
+from instructue_feast.runs.publish import current_publication, prune_publications, publish
+from instructue_feast.runs.reader import run_manifest, verify_bucket
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
-from instructue_feast.soft_prompt_file import SoftPrompt
-from instructue_spark.claim import claimed
+from instructue_spark.claim import remove_for_good, stop_jobs
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session
+
+PREPARED = "prepared.json"
+"""Written into a run when model, soft-token table and soft prompts are there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,103 +76,371 @@ class BackfillRequest:
 
     Attributes:
         config: The project.
-        as_of: Exclusive upper bound on event time.
+        as_of: Exclusive upper bound on event time; taken from the run when one is resumed.
         instructions: Instruction ids; all declared ones for `None`.
-        run_id: Id of the new run; derived from `as_of` and the time when left out.
+        run_id: Id of the run; derived from `as_of` and the time when left out. An unfinished run of that id whose
+            process is dead is continued, if it was planned with the same settings.
         extract_id: A finished extract to embed; a new one is made when left out.
         publish: Move the pointer to the run at the end.
         allow_leakage: Embed an `as_of` the model has seen in training.
+        resume: Id of a run to finish, or `latest`.
     """
 
     config: InstructueConfig
-    as_of: datetime
+    as_of: datetime | None = None
     instructions: Sequence[str] | None = None
     run_id: str | None = None
     extract_id: str | None = None
     publish: bool = True
     allow_leakage: bool = False
+    resume: str | None = None
 
 
-def run_backfill(spark: SparkSession, request: BackfillRequest, reporter: Reporter) -> RunManifest:
-    """Makes one run.
+@dataclass(slots=True)
+class Work:
+    """What a process did of a run, and what it found done."""
+
+    attempt: int = 1
+    extract_reused: bool = False
+    texts_encoded: int = 0
+    buckets_kept: int = 0
+    buckets_embedded: int = 0
+    model_loads: int = 0
+
+
+def run_backfill(
+    spark: SparkSession | Callable[[], SparkSession], request: BackfillRequest, reporter: Reporter
+) -> RunManifest:
+    """Makes one run, or finishes one.
 
     Args:
-        spark: The session.
+        spark: The session, or what starts it; a run whose buckets are all written is finished without Spark.
         request: What to backfill.
-        reporter: Gets the stages `sources`, `phrasebook`, `history`, `encode`, `soft_tokens`, `embed`, `publish`.
+        reporter: Gets the stages `sources`, `phrasebook`, `history`, `encode`, `soft_tokens`, `embed`, `audit` and
+            `publish`, as far as they are not done.
 
     Returns:
         The manifest of the finished run.
 
     Raises:
-        ConfigError: An instruction is not declared, or an id cannot be a folder's name.
+        ConfigError: An instruction is not declared, an id cannot be a folder's name, or there is nothing to resume.
         LeakageError: The model was trained on events at or after `as_of`.
-        VersionMismatchError: A soft prompt was tuned with another model.
+        VersionMismatchError: A soft prompt was tuned with another model, or the run was planned with other settings.
         DataError: A raw table is missing, empty or unreadable.
-        RunConflictError: The run exists or another process is writing it.
+        RunConflictError: The run is finished, or another live process is writing it.
         InvalidEmbeddingError: A vector is NaN, infinite or not of unit length; nothing is published.
-        StorageError: Too little disk.
+        StorageError: Too little disk, or it failed; the run can be resumed.
     """
-    config = request.config
-    instructions = config.registry().select(request.instructions)
-    store = OutputStore(config.output.path)
-    store.require_free(config.output.min_free_gib)
-    created = datetime.now(UTC)
-    stamp = created.isoformat()
-    run_id = check_id("run", request.run_id or new_id(request.as_of, config.history_digest(), stamp))
-    if request.extract_id is not None:
-        check_id("extract", request.extract_id)
-    with claimed(spark, store, "runs", run_id):
-        model = load_model(config)  # first, because a wrong model folder should fail before an hour of extraction
-        _check_leakage(model.config.trained_through, request)
-        prompts = soft_prompts_of(config, instructions, model)
-        extract = _extract(spark, request, store, run_id, reporter)
+    return Backfill(spark, request, reporter).run()
+
+
+class Backfill:
+    """One process at work on a run; see `run_backfill`. `work` says afterwards what it did."""
+
+    def __init__(
+        self, spark: SparkSession | Callable[[], SparkSession], request: BackfillRequest, reporter: Reporter
+    ) -> None:
+        self.request, self.config, self.reporter = request, request.config, reporter
+        self.store = OutputStore(request.config.output.path)
+        self.work = Work()
+        self._spark, self._session = spark, spark if isinstance(spark, SparkSession) else None
+        self._tag = ""
+
+    def run(self) -> RunManifest:
+        """Does what is missing."""
+        request, store = self.request, self.store
+        instructions = self.config.registry().select(request.instructions)
+        if request.extract_id is not None:
+            check_id("extract", request.extract_id)
+        created = datetime.now(UTC)
+        if request.resume is not None:
+            run_id = resolve_run(store, request.resume)
+        elif request.as_of is None:
+            raise ConfigError("neither --as-of nor --resume is given", "say up to when events count")
+        else:
+            default = new_id(request.as_of, self.config.history_digest(), created.isoformat())
+            run_id = check_id("run", request.run_id or default)
+        store.require_free(self.config.output.min_free_gib)
+        if request.resume is None and store.exists("runs", run_id, "manifest.json"):
+            ledger = read_ledger(store, run_id)
+            if ledger is None or ledger.state is not RunState.AUDITED or not ledger.plan.publish:
+                hint = f"publish it with `instructue publish {run_id}`, or choose another id"
+                raise RunConflictError(f"run {run_id} is finished", hint)
+        lease = take(store, "runs", run_id)
+        self._tag = f"runs-{run_id}"
         try:
-            manifest = _make_run(
-                spark, request, model, extract, instructions, prompts, store, run_id, created, reporter
-            )
-        except BaseException:
-            if request.extract_id is None:
-                store.remove("extracts", extract.extract_id)
+            manifest = self._owned(run_id, created, instructions, lease)
+        except BaseException as error:
+            self._give_up(run_id, lease, error)
             raise
-    if request.publish:
-        with reporter.stage("publish") as stage:
+        lease.release()
+        if self._session is not None:
+            self._session.sparkContext.removeJobTag(self._tag)
+        return manifest
+
+    @property
+    def spark(self) -> SparkSession:
+        """The session, started when it is first needed."""
+        if self._session is None:
+            assert callable(self._spark)
+            self._session = self._spark()
+        self._session.sparkContext.addJobTag(self._tag)
+        return self._session
+
+    def _owned(
+        self, run_id: str, created: datetime, instructions: tuple[Instruction, ...], lease: Lease
+    ) -> RunManifest:
+        """The run from whatever state it is in, with the folder owned by this process."""
+        store = self.store
+        ledger = read_ledger(store, run_id)
+        if ledger is None or not store.exists("runs", run_id, "manifest.json"):
+            ledger = self._planned(ledger, run_id, created, instructions)
+            manifest = self._computed(ledger, instructions, lease)
+        else:
+            self._check_plan(ledger, instructions)
+            manifest = run_manifest(store, run_id)
+            self.work.buckets_kept, self.work.extract_reused = len(manifest.buckets), True
+        ledger = read_ledger(store, run_id)
+        assert ledger is not None
+        self.work.attempt = ledger.attempts
+        if ledger.state not in (RunState.AUDITED, RunState.PUBLISHED, RunState.SUPERSEDED):
+            write_ledger(store, ledger.with_state(RunState.AUDITED))
+        if self.request.publish and ledger.plan.publish:
+            lease.check()
+            self._publish(manifest)
+        return manifest
+
+    def _publish(self, manifest: RunManifest) -> None:
+        store, output = self.store, self.config.output
+        current = current_publication(store)
+        if current is not None and current.run_id == manifest.run_id:  # died after it had moved the pointer
+            note_published(store, manifest.run_id, None)
+            return
+        with self.reporter.stage("publish") as stage:
             stage.rows_in = stage.rows_out = manifest.users
-            publish(store, run_id, keep_runs=config.output.keep_runs)
-            prune_publications(store, keep=config.output.keep_publications)
-    return manifest
+            publish(store, manifest.run_id, keep_runs=output.keep_runs)
+            note_published(store, manifest.run_id, current.run_id if current else None)
+            prune_publications(store, keep=output.keep_publications)
+
+    def _planned(
+        self, ledger: Ledger | None, run_id: str, created: datetime, instructions: tuple[Instruction, ...]
+    ) -> Ledger:
+        """The ledger of the run: a new one, or the one there is if it fits the request."""
+        if ledger is not None:
+            self._check_plan(ledger, instructions)
+            return ledger
+        request = self.request
+        assert request.as_of is not None
+        model = load_model(self.config)  # first, because a wrong model folder should fail before an hour of extraction
+        _check_leakage(model.config.trained_through, request)
+        soft_prompts_of(self.config, instructions, model)
+        if request.extract_id is not None:
+            self._asked_extract(request.extract_id, request.as_of)
+        plan = Plan(
+            as_of=request.as_of.isoformat(),
+            project=self.config.project,
+            history_digest=self.config.history_digest(),
+            model_version=model_version(model, self.config),
+            trained=model.config.trained,
+            embedding_dim=model.config.embedding_dim,
+            instructions=_used(model, self.config, instructions),
+            buckets=self.config.output.buckets,
+            extract_id=request.extract_id,
+            publish=request.publish,
+        )
+        ledger = Ledger(run_id=run_id, created=created.isoformat(), plan=plan).with_state(RunState.PLANNED)
+        write_ledger(self.store, ledger)
+        return ledger
+
+    def _check_plan(self, ledger: Ledger, instructions: tuple[Instruction, ...]) -> None:
+        """Raises unless the request is for what the run was planned to be."""
+        plan, request = ledger.plan, self.request
+        asked = {one.id: one.content_hash for one in instructions}
+        planned = {one.id: one.content_hash for one in plan.instructions}
+        if request.resume is not None and request.instructions is None:  # instructions declared later do not matter
+            asked = {name: value for name, value in asked.items() if name in planned}
+        differs = [
+            what
+            for what, same in (
+                ("as_of", request.as_of is None or request.as_of.isoformat() == plan.as_of),
+                ("instructions", asked == planned),
+                ("history settings", self.config.history_digest() == plan.history_digest),
+                ("output.buckets", self.config.output.buckets == plan.buckets),
+                ("extract", request.resume is not None or request.extract_id == plan.extract_id),
+            )
+            if not same
+        ]
+        if differs:
+            raise VersionMismatchError(
+                f"run {ledger.run_id} was planned with other settings: {', '.join(differs)}",
+                "go back to those settings to resume it, or start another run",
+            )
+
+    def _computed(self, ledger: Ledger, instructions: tuple[Instruction, ...], lease: Lease) -> RunManifest:
+        """Extracts, encodes, embeds and audits, as far as it is not done."""
+        store, run_id = self.store, ledger.run_id
+        started = datetime.now(UTC)
+        instructions = tuple(one for one in instructions if one.id in {used.id for used in ledger.plan.instructions})
+        self._took_over(ledger)
+        extract = self._extracted(ledger)
+        ledger = read_ledger(store, run_id) or ledger
+        kept = intact_buckets(store, run_id)
+        missing = sorted(set(range(extract.buckets)) - {marker.bucket for marker in kept})
+        self.work.buckets_kept, self.work.buckets_embedded = len(kept), len(missing)
+        if missing:
+            self._prepare(ledger, extract, instructions)
+            lease.check()
+            self.work.model_loads = self._embedded(ledger, extract, instructions, lease, missing)
+        lease.check()
+        markers = complete_buckets(store, run_id, extract)
+        ledger = (read_ledger(store, run_id) or ledger).with_state(RunState.WRITTEN)
+        write_ledger(store, ledger)
+        manifest = RunManifest(
+            run_id=run_id,
+            project=ledger.plan.project,
+            as_of=extract.as_of,
+            created=ledger.created,
+            extract_id=extract.extract_id,
+            history_digest=extract.history_digest,
+            model_version=ledger.plan.model_version,
+            trained=ledger.plan.trained,
+            embedding_dim=ledger.plan.embedding_dim,
+            instructions=ledger.plan.instructions,
+            buckets=markers,
+            users=sum(marker.rows for marker in markers),
+            tokens=sum(marker.tokens for marker in markers),
+            texts_encoded=self.work.texts_encoded,
+            distinct_texts=extract.distinct_texts,
+            digest=combine_digests([marker.digest for marker in markers]),
+            seconds=round((datetime.now(UTC) - started).total_seconds(), 3),
+            model_loads=self.work.model_loads,
+            base_run=ledger.plan.base_run,
+            carried=sum(marker.carried for marker in markers),
+            empty=sum(marker.empty for marker in markers),
+        )
+        with self.reporter.stage("audit") as stage:
+            for marker in markers:
+                verify_bucket(store, manifest, marker)
+            stage.rows_in = stage.rows_out = manifest.users
+        lease.check()
+        finish_run(store, manifest)
+        return manifest
+
+    def _took_over(self, ledger: Ledger) -> None:
+        note = "" if not ledger.attempts else f"resumed, was {ledger.state}"
+        ledger = dataclasses.replace(ledger.with_state(RunState.RUNNING, note), attempts=ledger.attempts + 1)
+        write_ledger(self.store, ledger)
+        self.work.attempt = ledger.attempts
+
+    def _extracted(self, ledger: Ledger) -> ExtractManifest:
+        """The run's extract: the one asked for, the one an earlier process finished, or a new one."""
+        store, as_of = self.store, datetime.fromisoformat(ledger.plan.as_of)
+        if ledger.plan.extract_id is not None:
+            self.work.extract_reused = True
+            return self._asked_extract(ledger.plan.extract_id, as_of)
+        if ledger.extract_id is not None:
+            found = extract_manifest(store, ledger.extract_id)
+            if found is not None:
+                self.work.extract_reused = True
+                return found
+            store.remove("extracts", ledger.extract_id)
+        # Another name after a crash: a Spark process that outlives its driver for a moment may still write to the old.
+        attempt = self.work.attempt
+        extract_id = ledger.run_id if attempt == 1 else f"{ledger.run_id}.{attempt}"
+        if store.exists("extracts", extract_id):
+            raise RunConflictError(f"extract {extract_id} exists", "choose another run id")
+        current = read_ledger(store, ledger.run_id) or ledger
+        write_ledger(store, dataclasses.replace(current, extract_id=extract_id))
+        return run_extract(self.spark, self.config, as_of, extract_id=extract_id, reporter=self.reporter)
+
+    def _asked_extract(self, extract_id: str, as_of: datetime) -> ExtractManifest:
+        """Opens the extract that was asked for and checks that it fits the config and `as_of`."""
+        where, store = f"extract {extract_id}", self.store
+        found = extract_manifest(store, extract_id)
+        if found is None:
+            finished = [name for name in store.names("extracts") if store.exists("extracts", name, "manifest.json")]
+            raise ConfigError(f"there is no finished {where}", did_you_mean(extract_id, finished))
+        if found.history_digest != self.config.history_digest() or found.as_of != as_of.isoformat():
+            raise VersionMismatchError(
+                f"{where} was made with as_of {found.as_of} and other settings or another as_of than asked for",
+                "leave --extract out to extract anew",
+            )
+        return found
+
+    def _prepare(self, ledger: Ledger, extract: ExtractManifest, instructions: tuple[Instruction, ...]) -> None:
+        """Encodes new texts and puts model, soft-token table and soft prompts into the run, unless they are there."""
+        store, run_id = self.store, ledger.run_id
+        if store.exists("runs", run_id, PREPARED):
+            return
+        model = load_model(self.config)
+        if model_version(model, self.config) != ledger.plan.model_version:
+            raise VersionMismatchError(
+                f"run {run_id} was planned with another model", "go back to that model, or start another run"
+            )
+        prompts = soft_prompts_of(self.config, instructions, model)
+        self.work.texts_encoded = encode_new_texts(self.spark, self.config, store, extract, self.reporter)
+        with self.reporter.stage("soft_tokens") as stage:
+            stage.rows_in = extract.distinct_texts
+            stage.rows_out = build_soft_tokens(self.config, store, model, extract, run_id, prompts)
+        store.write_json({"extract_id": extract.extract_id, "rows": stage.rows_out}, "runs", run_id, PREPARED)
+
+    def _embedded(
+        self,
+        ledger: Ledger,
+        extract: ExtractManifest,
+        instructions: tuple[Instruction, ...],
+        lease: Lease,
+        missing: list[int],
+    ) -> int:
+        created = datetime.fromisoformat(ledger.created)
+        plan = RunPlan(
+            root=self.store.root,
+            run_id=ledger.run_id,
+            extract_id=extract.extract_id,
+            created_us=int(created.timestamp() * 1_000_000),
+            num_sources=len(self.config.source_names),
+            num_numeric=len(self.config.numeric_columns),
+            instructions=instructions,
+            embedding_dim=ledger.plan.embedding_dim,
+            dtype=self.config.model.dtype,
+            max_batch_tokens=self.config.model.max_batch_tokens,
+            owner=lease.token,
+        )
+        return embed_users(self.spark, plan, self.store, extract, missing, self.reporter)[1]
+
+    def _give_up(self, run_id: str, lease: Lease, error: BaseException) -> None:
+        """Leaves a run that can be resumed, or nothing; never touches what somebody else has taken over."""
+        store = self.store
+        try:
+            lease.check()
+        except RunConflictError:
+            return
+        lease.release()  # workers still at it now refuse to write
+        if self._session is not None:
+            stop_jobs(self._session, self._tag)
+            if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
+                self._session.sparkContext.removeJobTag(self._tag)
+        if store.exists("runs", run_id, "manifest.json"):
+            return  # finished; only its publication failed
+        ledger = None
+        with suppress(InstructueError):
+            ledger = read_ledger(store, run_id)
+        mendable = isinstance(error, StorageError) or not isinstance(error, InstructueError)
+        if ledger is not None and (mendable or ledger.attempts > 1):
+            with suppress(InstructueError):  # on a full disk it stays `running`, which resumes as well
+                write_ledger(store, ledger.with_state(RunState.FAILED, type(error).__name__))
+            return
+        if ledger is not None and ledger.extract_id is not None and self.work.extract_reused is False:
+            made = extract_manifest(store, ledger.extract_id)
+            if made is not None:
+                store.remove("extracts", ledger.extract_id)
+        remove_for_good(store, "runs", run_id)
 
 
-def _make_run(
-    spark: SparkSession,
-    request: BackfillRequest,
-    model: InstructUEModel,
-    extract: ExtractManifest,
-    instructions: tuple[Instruction, ...],
-    prompts: dict[str, SoftPrompt],
-    store: OutputStore,
-    run_id: str,
-    created: datetime,
-    reporter: Reporter,
-) -> RunManifest:
-    config = request.config
-    texts_encoded = encode_new_texts(spark, config, store, extract, reporter)
-    with reporter.stage("soft_tokens") as stage:
-        stage.rows_in = extract.distinct_texts
-        stage.rows_out = build_soft_tokens(config, store, model, extract, run_id, prompts)
-    plan = RunPlan(
-        root=store.root,
-        run_id=run_id,
-        extract_id=extract.extract_id,
-        created_us=int(created.timestamp() * 1_000_000),
-        num_sources=len(config.source_names),
-        num_numeric=len(config.numeric_columns),
-        instructions=instructions,
-        embedding_dim=model.config.embedding_dim,
-        dtype=config.model.dtype,
-        max_batch_tokens=config.model.max_batch_tokens,
-    )
-    used = [
+def _used(
+    model: InstructUEModel, config: InstructueConfig, instructions: tuple[Instruction, ...]
+) -> list[RunInstruction]:
+    return [
         RunInstruction(
             id=one.id,
             text=one.text,
@@ -156,40 +449,11 @@ def _make_run(
         )
         for one in instructions
     ]
-    version, trained, embedding_dim = model_version(model, config), model.config.trained, model.config.embedding_dim
-    markers, loads = embed_users(spark, plan, store, extract, reporter)
-    manifest = RunManifest(
-        run_id=run_id,
-        project=config.project,
-        as_of=extract.as_of,
-        created=created.isoformat(),
-        extract_id=extract.extract_id,
-        history_digest=extract.history_digest,
-        model_version=version,
-        trained=trained,
-        embedding_dim=embedding_dim,
-        instructions=used,
-        buckets=markers,
-        users=sum(marker.rows for marker in markers),
-        tokens=sum(marker.tokens for marker in markers),
-        texts_encoded=texts_encoded,
-        distinct_texts=extract.distinct_texts,
-        digest=combine_digests([marker.digest for marker in markers]),
-        seconds=round((datetime.now(UTC) - created).total_seconds(), 3),
-        model_loads=loads,
-    )
-    if manifest.users != extract.users:
-        raise DataError(
-            f"run {run_id}: {manifest.users} users embedded of {extract.users} extracted",
-            "did somebody touch the extract? Run the backfill again",
-        )
-    finish_run(store, manifest)
-    return manifest
 
 
 def _check_leakage(trained_through: str | None, request: BackfillRequest) -> None:
     """Refuses to embed a moment the model has seen the future of."""
-    if trained_through is None or request.allow_leakage:
+    if trained_through is None or request.allow_leakage or request.as_of is None:
         return
     if datetime.fromisoformat(trained_through) > request.as_of:
         raise LeakageError(
@@ -198,32 +462,14 @@ def _check_leakage(trained_through: str | None, request: BackfillRequest) -> Non
         )
 
 
-def _extract(
-    spark: SparkSession, request: BackfillRequest, store: OutputStore, run_id: str, reporter: Reporter
-) -> ExtractManifest:
-    """Makes the run's extract, or opens the one asked for and checks that it fits the config and `as_of`."""
-    if request.extract_id is None:
-        return run_extract(spark, request.config, request.as_of, extract_id=run_id, reporter=reporter)
-    where = f"extract {request.extract_id}"
-    if not store.exists("extracts", request.extract_id, "manifest.json"):
-        finished = [name for name in store.names("extracts") if store.exists("extracts", name, "manifest.json")]
-        raise ConfigError(f"there is no finished {where}", did_you_mean(request.extract_id, finished))
-    found = from_json(ExtractManifest, store.read_json("extracts", request.extract_id, "manifest.json"), where)
-    if found.history_digest != request.config.history_digest() or found.as_of != request.as_of.isoformat():
-        raise VersionMismatchError(
-            f"{where} was made with as_of {found.as_of} and other settings or another as_of than asked for",
-            "leave --extract out to extract anew",
-        )
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m instructue_spark.backfill` and of `spark-submit`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="path of instructue.yaml")
-    parser.add_argument("--as-of", required=True, help="exclusive upper bound on event time, ISO 8601 with time zone")
+    parser.add_argument("--as-of", help="exclusive upper bound on event time, ISO 8601 with time zone")
     parser.add_argument("--instruction", action="append", help="instruction id; repeat for several; default: all")
-    parser.add_argument("--run-id", help="id of the new run")
+    parser.add_argument("--run-id", help="id of the run; an unfinished one is continued")
+    parser.add_argument("--resume", help="finish this run, or the `latest` unfinished one")
     parser.add_argument("--extract", help="a finished extract to embed instead of extracting anew")
     parser.add_argument("--no-publish", action="store_true", help="finish the run but do not move the pointer")
     parser.add_argument("--allow-leakage", action="store_true", help="embed an as_of the model has seen in training")
@@ -234,18 +480,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config)
         request = BackfillRequest(
             config=config,
-            as_of=parse_as_of(arguments.as_of),
+            as_of=parse_as_of(arguments.as_of) if arguments.as_of else None,
             instructions=arguments.instruction,
             run_id=arguments.run_id,
             extract_id=arguments.extract,
             publish=not arguments.no_publish,
             allow_leakage=arguments.allow_leakage,
+            resume=arguments.resume,
         )
         config.registry().select(request.instructions)
-        spark = get_session(f"instructue backfill {config.project}", cores=arguments.cores)
-        manifest = run_backfill(spark, request, reporter)
-        extract = OutputStore(config.output.path).read_json("extracts", manifest.extract_id, "manifest.json")
-        return {"run": to_json(manifest), "extract": extract, "published": request.publish}
+
+        def session() -> SparkSession:
+            return get_session(f"instructue backfill {config.project}", cores=arguments.cores)
+
+        backfill = Backfill(session, request, reporter)
+        manifest = backfill.run()
+        extract: dict[str, Any] | None = None
+        with suppress(StorageError):  # a finished run may have lost its extract to `instructue runs gc`
+            extract = backfill.store.read_json("extracts", manifest.extract_id, "manifest.json")
+        work = dataclasses.asdict(backfill.work)
+        return {"run": to_json(manifest), "extract": extract, "published": request.publish, "work": work}
 
     return run_main(job)
 

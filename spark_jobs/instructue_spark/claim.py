@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from pyspark.sql import SparkSession
 
+from instructue_feast.errors import RunConflictError
+from instructue_feast.runs.ownership import take
 from instructue_feast.runs.store import OutputStore
 
 
@@ -19,7 +18,8 @@ from instructue_feast.runs.store import OutputStore
 def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[None]:
     """Claims a folder for the block; after an error or an interrupt its Spark jobs are cancelled and it is gone.
 
-    A folder whose `manifest.json` is there is finished, and stays whatever happens.
+    A folder whose `manifest.json` is there is finished, and stays whatever happens. What a dead process left half-made
+    is removed first.
 
     Args:
         spark: The session; other jobs in it are left alone.
@@ -27,27 +27,32 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[N
         folder: Parts of the folder's path.
 
     Raises:
-        RunConflictError: Somebody else has it, or it is finished.
+        RunConflictError: A live process has it, or it is finished.
         StorageError: It cannot be written.
     """
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat()}
-    store.claim(owner, *folder, "owner.json")
+    if store.exists(*folder, "manifest.json"):
+        raise RunConflictError(f"{store.url(*folder)} is finished", "choose another id")
+    lease = take(store, *folder)
+    for name in store.names(*folder):
+        if not name.startswith(("owner.", "heartbeat.")):
+            store.remove(*folder, name)
     tag = "-".join(folder)
     spark.sparkContext.addJobTag(tag)
     try:
         yield
     except BaseException as error:
+        lease.release()  # workers still at it now refuse to write
         if not store.exists(*folder, "manifest.json"):
-            store.remove_file(*folder, "owner.json")  # workers still at it now refuse to write
-            _stop_jobs(spark, tag)
-            _remove_for_good(store, folder)
+            stop_jobs(spark, tag)
+            remove_for_good(store, *folder)
         if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
             spark.sparkContext.removeJobTag(tag)
         raise
+    lease.release()
     spark.sparkContext.removeJobTag(tag)
 
 
-def _stop_jobs(spark: SparkSession, tag: str) -> None:
+def stop_jobs(spark: SparkSession, tag: str) -> None:
     """Cancels what is left running under a tag.
 
     From another thread, because this one may still wait for the answer of the JVM to an interrupted command.
@@ -57,7 +62,7 @@ def _stop_jobs(spark: SparkSession, tag: str) -> None:
     stopper.join(timeout=10)
 
 
-def _remove_for_good(store: OutputStore, folder: tuple[str, ...]) -> None:
+def remove_for_good(store: OutputStore, *folder: str) -> None:
     """Removes a folder that tasks which are being killed may bring back once or twice."""
     for _ in range(10):
         store.remove(*folder)

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +30,11 @@ from instructue_feast.errors import DataError, RunConflictError, VersionMismatch
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.instructions import Instruction
 from instructue_feast.runs.manifest import BucketMarker, ExtractManifest
+from instructue_feast.runs.ownership import still_owned
 from instructue_feast.runs.store import OutputStore
-from instructue_feast.runs.writer import write_bucket
+from instructue_feast.runs.writer import bucket_folder, finished_buckets, write_bucket
 from instructue_feast.soft_prompt_file import SoftPrompt
+from instructue_spark.carry import BaseRun, carry_over, read_history
 from instructue_spark.io import emit, spark_errors, spark_schema
 from instructue_spark.report import Reporter
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from instructue_feast.model.modeling import InstructUEModel
 
 TEXTS_PER_TASK = 512
+TEXTS_PER_SLICE = 131_072
+"""Texts encoded before their vectors count; a resumed run encodes at most so many again."""
 _MARKER_ROW = pa.schema(
     [
         pa.field("bucket", pa.int64(), nullable=False),
@@ -49,6 +53,8 @@ _MARKER_ROW = pa.schema(
         pa.field("digest", pa.string(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("carried", pa.int64(), nullable=False),
+        pa.field("empty", pa.int64(), nullable=False),
         pa.field("loads", pa.int64(), nullable=False),
     ]
 )
@@ -139,24 +145,39 @@ def _encode_missing(
     try:
         with spark_errors():
             missing = texts.count()
-        if not missing:
-            return 0
-        tasks = max(1, -(-missing // TEXTS_PER_TASK))
-        vectors = texts.repartition(tasks, "text_id").mapInArrow(
-            _encode_texts(encoder_name, version), spark_schema(schema.EVENT_VECTORS)
-        )
-        target = store.url("event_vectors", version[:16], extract_id)
-        with _TaskProgress(spark, "encode", missing, reporter), spark_errors():
-            vectors.write.mode("overwrite").parquet(target)
-        written = int(
-            ds.dataset(store.path("event_vectors", version[:16], extract_id), filesystem=store.fs).count_rows()
-        )
-        if written != missing:
-            store.remove("event_vectors", version[:16], extract_id)
-            raise DataError(f"{written} vectors were made of {missing} texts", "run the backfill again")
+        slices = -(-missing // TEXTS_PER_SLICE)
+        for index in range(slices):
+            part = texts if slices == 1 else texts.where(F.pmod("text_id", F.lit(slices)) == index)
+            name = extract_id if slices == 1 else f"{extract_id}-{index:05d}-of-{slices:05d}"
+            _encode_slice(spark, store, part, encoder_name, version, name, missing // slices, reporter)
         return missing
     finally:
         texts.unpersist()
+
+
+def _encode_slice(
+    spark: SparkSession,
+    store: OutputStore,
+    texts: DataFrame,
+    encoder_name: str,
+    version: str,
+    name: str,
+    about: int,
+    reporter: Reporter,
+) -> None:
+    """Encodes a part of the texts into a folder of its own, which counts when it is complete."""
+    folder = ("event_vectors", version[:16], name)
+    tasks = max(1, -(-about // TEXTS_PER_TASK))
+    vectors = texts.repartition(tasks, "text_id").mapInArrow(
+        _encode_texts(encoder_name, version), spark_schema(schema.EVENT_VECTORS)
+    )
+    with _TaskProgress(spark, "encode", about, reporter), spark_errors():
+        expected = texts.count()
+        vectors.write.mode("overwrite").parquet(store.url(*folder))
+    written = int(ds.dataset(store.path(*folder), filesystem=store.fs).count_rows()) if expected else 0
+    if written != expected:
+        store.remove(*folder)
+        raise DataError(f"{written} vectors were made of {expected} texts", "run the backfill again")
 
 
 def _complete_vector_folders(store: OutputStore, version: str) -> list[tuple[str, ...]]:
@@ -170,7 +191,10 @@ def _complete_vector_folders(store: OutputStore, version: str) -> list[tuple[str
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a worker must know to embed a bucket. Small, picklable, and the key of the worker's model cache."""
+    """What a worker must know to embed a bucket. Small, picklable, and the key of the worker's model cache.
+
+    `owner` is the token of the process that owns the run; `base` is the run whose unchanged users are carried over.
+    """
 
     root: str
     run_id: str
@@ -182,6 +206,8 @@ class RunPlan:
     embedding_dim: int
     dtype: str
     max_batch_tokens: int | None
+    owner: str
+    base: BaseRun | None = None
 
 
 def build_soft_tokens(
@@ -253,12 +279,14 @@ def _worker_embedder(plan: RunPlan) -> UserEmbedder:
     return open_embedder(OutputStore(plan.root), plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens)
 
 
-def _embed_buckets(plan: RunPlan) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _embed_buckets(
+    plan: RunPlan, buckets: tuple[int, ...]
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            for bucket in batch.column("id").to_pylist():
+            for position in batch.column("id").to_pylist():
                 before = _worker_embedder.cache_info().misses
-                marker = dataclasses.asdict(_embed_bucket(plan, int(bucket)))
+                marker = dataclasses.asdict(_embed_bucket(plan, buckets[int(position)]))
                 marker["loads"] = _worker_embedder.cache_info().misses - before
                 yield from emit(pa.Table.from_pylist([marker]), _MARKER_ROW)
 
@@ -266,71 +294,83 @@ def _embed_buckets(plan: RunPlan) -> Callable[[Iterator[pa.RecordBatch]], Iterat
 
 
 def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
-    """Embeds the users of one bucket and writes them into the run."""
+    """Embeds the users of one bucket, except those it can carry over, and writes all of them into the run."""
     started = time.monotonic()
-    embedder = _worker_embedder(plan)
     store = OutputStore(plan.root)
     names = [one.id for one in plan.instructions]
-    folder = store.path("extracts", plan.extract_id, "history", f"bucket={bucket}")
     tokens = 0
 
     def count(_users: int, batch_tokens: int) -> None:
         nonlocal tokens
         tokens += batch_tokens
 
+    table = read_history(store, plan.extract_id, bucket)
+    history = PackedHistory.from_arrow(
+        table, num_sources=plan.num_sources, num_numeric=plan.num_numeric, where=f"history of bucket {bucket}"
+    )
+    vectors = np.empty((len(history), len(names), plan.embedding_dim), dtype=np.float32)
+    carried = np.zeros(len(history), dtype=np.bool_)
+    if plan.base is not None:
+        carried = carry_over(store, plan.base, bucket, table, names, vectors)
+    changed = np.flatnonzero(~carried)
+    if len(changed):
+        rows = history if len(changed) == len(history) else history.take(changed)
+        vectors[changed] = _worker_embedder(plan).encode(rows, plan.instructions, on_batch=count)
+    offsets = pa.array(np.arange(0, len(history) * plan.embedding_dim + 1, plan.embedding_dim, dtype=np.int32))
     columns: list[pa.Array] = []
-    user_ids: list[str] = []
-    as_of: np.ndarray = np.empty(0, dtype=np.int64)
-    vectors = np.empty((0, len(names), plan.embedding_dim), dtype=np.float32)
-    if store.fs.isdir(folder):
-        table = ds.dataset(folder, filesystem=store.fs, format="parquet").to_table().sort_by("user_id")
-        history = PackedHistory.from_arrow(
-            table, num_sources=plan.num_sources, num_numeric=plan.num_numeric, where=f"history of bucket {bucket}"
-        )
-        user_ids, as_of = history.user_ids, history.as_of_us
-        vectors = embedder.encode(history, plan.instructions, on_batch=count)
-    offsets = pa.array(np.arange(0, len(user_ids) * plan.embedding_dim + 1, plan.embedding_dim, dtype=np.int32))
     for position in range(len(names)):
         flat = np.ascontiguousarray(vectors[:, position]).ravel()
         columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat, pa.float32())))
-    created = np.full(len(user_ids), plan.created_us, dtype=np.int64)
-    rows = pa.Table.from_arrays(
+    created = np.full(len(history), plan.created_us, dtype=np.int64)
+    run = pa.Table.from_arrays(
         [
-            pa.array(user_ids, pa.string()),
-            pa.array(as_of, pa.int64()).cast(schema.TIMESTAMP),
+            pa.array(history.user_ids, pa.string()),
+            pa.array(history.as_of_us, pa.int64()).cast(schema.TIMESTAMP),
             pa.array(created, pa.int64()).cast(schema.TIMESTAMP),
             *columns,
         ],
         schema=schema.embeddings_schema(names),
     )
-    if not store.exists("runs", plan.run_id, "owner.json"):
-        raise RunConflictError(f"run {plan.run_id} was given up", "its backfill failed; start another")
-    seconds = time.monotonic() - started
-    return write_bucket(store, plan.run_id, bucket, rows, tokens=tokens, seconds=seconds, dim=plan.embedding_dim)
+    if not still_owned(store, plan.owner, "runs", plan.run_id):
+        raise RunConflictError(
+            f"run {plan.run_id} was given up or taken over", "its backfill failed, or another process resumed it"
+        )
+    return write_bucket(
+        store, plan.run_id, bucket, run, tokens=tokens, seconds=time.monotonic() - started, dim=plan.embedding_dim,
+        carried=int(carried.sum()), empty=int((history.num_events.sum(axis=1) == 0).sum()),
+    )  # fmt: skip
 
 
 def embed_users(
-    spark: SparkSession, plan: RunPlan, store: OutputStore, extract: ExtractManifest, reporter: Reporter
+    spark: SparkSession,
+    plan: RunPlan,
+    store: OutputStore,
+    extract: ExtractManifest,
+    buckets: Sequence[int],
+    reporter: Reporter,
 ) -> tuple[list[BucketMarker], int]:
-    """Embeds all users of an extract: one Spark task per bucket, K instructions in one forward pass per batch.
+    """Embeds the users of some buckets: one Spark task per bucket, K instructions in one forward pass per batch.
 
     Args:
         spark: The session.
         plan: What the workers need.
         store: Where the run lives.
         extract: The extract.
+        buckets: The buckets that are missing.
         reporter: Gets the stage `embed` and its progress in users.
 
     Returns:
-        The marker of every bucket, in order, and how often a worker loaded the model.
+        The marker of each of those buckets, in order, and how often a worker loaded the model.
 
     Raises:
         InvalidEmbeddingError: A vector is NaN, infinite or not of unit length.
     """
     with reporter.stage("embed") as stage:
         stage.rows_in = extract.users
-        buckets = spark.range(0, extract.buckets, 1, numPartitions=extract.buckets)
-        rows = buckets.mapInArrow(_embed_buckets(plan), spark_schema(_MARKER_ROW))
+        if not buckets:
+            return [], 0
+        positions = spark.range(0, len(buckets), 1, numPartitions=len(buckets))
+        rows = positions.mapInArrow(_embed_buckets(plan, tuple(buckets)), spark_schema(_MARKER_ROW))
         with _MarkerProgress(store, plan.run_id, extract.users, reporter), spark_errors():
             found = rows.collect()
         rows_by_bucket = sorted((row.asDict() for row in found), key=lambda row: int(row["bucket"]))
@@ -372,7 +412,9 @@ class _MarkerProgress(_Ticker):
 
     def __init__(self, store: OutputStore, run_id: str, users: int, reporter: Reporter) -> None:
         self._store, self._run_id, self._users, self._reporter = store, run_id, users, reporter
-        self._rows: dict[str, int] = {}
+        # Buckets of an earlier attempt count as done, but not into the rate.
+        self._rows = {bucket_folder(one.bucket): one.rows for one in finished_buckets(store, run_id)}
+        self._before = sum(self._rows.values())
         self._tokens = 0
         self._started = time.monotonic()
 
@@ -385,7 +427,7 @@ class _MarkerProgress(_Ticker):
                 self._rows[name] = int(marker["rows"])
                 self._tokens += int(marker["tokens"])
                 seconds, users = time.monotonic() - self._started, sum(self._rows.values())
-                rate = f"{users / seconds:.1f} users/s, {self._tokens / seconds:,.0f} tokens/s"
+                rate = f"{(users - self._before) / seconds:.1f} users/s, {self._tokens / seconds:,.0f} tokens/s"
                 self._reporter.progress("embed", users, self._users, rate=rate)
 
 

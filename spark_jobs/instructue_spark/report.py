@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TextIO
 
-from instructue_feast.errors import InstructueError
+from instructue_feast.errors import InstructueError, StoppedError
 
+STOPPED_HINT = "start it again; `instructue backfill --resume latest` goes on where a backfill was"
 BUG_HINT = "this is a bug or a failing cluster; the stack is in the job's log"
 
 
@@ -78,6 +79,9 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
     except InstructueError as error:
         reporter.error(error)
         return error.exit_code
+    except SystemExit:
+        reporter.error(StoppedError("the job was told to stop (SIGTERM)", STOPPED_HINT))
+        return StoppedError.exit_code
     except Exception as error:
         stack = "".join(traceback.format_tb(error.__traceback__))
         sys.stderr.write(f"{type(error).__module__}.{type(error).__qualname__}, message withheld\n{stack}")

@@ -1,0 +1,84 @@
+"""One live owner at a time; a dead one is succeeded at once here, and after its heartbeat is old elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from instructue_feast.errors import RunConflictError
+from instructue_feast.runs.ownership import STALE_AFTER_SECONDS, Owner, owner_of, still_owned, take
+from instructue_feast.runs.store import OutputStore
+
+FOLDER = ("runs", "one")
+
+
+@pytest.fixture(params=["{tmp}", "memory://owner-{name}"])
+def store(request, tmp_path) -> OutputStore:
+    return OutputStore(request.param.format(tmp=tmp_path, name=tmp_path.name))
+
+
+def owned_by(store: OutputStore, *, beat_ago: float | None = None, **changes: object) -> Owner:
+    owner = dataclasses.replace(Owner.of_this_process(), **changes)
+    store.write_json(dataclasses.asdict(owner), *FOLDER, "owner.json")
+    if beat_ago is not None:
+        at = datetime.now(UTC) - timedelta(seconds=beat_ago)
+        store.write_json({"token": owner.token, "at": at.isoformat()}, *FOLDER, "heartbeat.json")
+    return owner
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_folder_has_one_owner_until_it_is_released(store):
+    lease = take(store, *FOLDER)
+    assert still_owned(store, lease.token, *FOLDER)
+    with pytest.raises(RunConflictError, match=r"belongs to another process: process \d+ on .*, since 2"):
+        take(store, *FOLDER)
+    lease.release()
+    assert owner_of(store, *FOLDER) is None
+    assert take(store, *FOLDER).previous is None
+
+
+def test_a_dead_process_of_this_machine_is_succeeded_at_once(store):
+    dead = owned_by(store, pid=dead_pid(), beat_ago=0)
+    lease = take(store, *FOLDER)
+    assert lease.previous == dead
+    lease.check()
+
+
+def test_another_process_with_the_pid_of_the_dead_one_does_not_bring_it_back(store):
+    owned_by(store, born="1", beat_ago=0)
+    take(store, *FOLDER).check()
+
+
+@pytest.mark.parametrize(("ago", "live"), [(STALE_AFTER_SECONDS / 2, True), (STALE_AFTER_SECONDS * 2, False)])
+def test_an_owner_elsewhere_lives_as_long_as_its_heartbeat_is_young(store, ago, live):
+    owned_by(store, place="another machine", host="worker-7", beat_ago=ago)
+    if live:
+        with pytest.raises(RunConflictError, match="worker-7"):
+            take(store, *FOLDER)
+    else:
+        take(store, *FOLDER).check()
+
+
+def test_who_was_taken_over_notices_and_does_not_release_the_other_one(store):
+    first = take(store, *FOLDER)
+    second = owned_by(store)
+    with pytest.raises(RunConflictError, match="taken over"):
+        first.check()
+    first.release()
+    assert owner_of(store, *FOLDER) == second
+
+
+def test_an_owner_that_died_while_it_wrote_its_name_is_dead(tmp_path):
+    store = OutputStore(str(tmp_path))
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "owner.json").write_text('{"pid": 1')
+    take(store, *FOLDER).check()
