@@ -79,7 +79,9 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
     except InstructueError as error:
         reporter.error(error)
         return error.exit_code
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code != StoppedError.exit_code:
+            raise
         reporter.error(StoppedError("the job was told to stop (SIGTERM)", STOPPED_HINT))
         return StoppedError.exit_code
     except Exception as error:
@@ -92,4 +94,4 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
 
 
 def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)
+    raise SystemExit(StoppedError.exit_code)
