@@ -139,11 +139,24 @@ def write_feast_repo(
     return OutputStore(str(folder / "data" / "output"))
 
 
+def use_stock(repo: Path) -> None:
+    """Makes a repo use Feast's own batch engine and online store on the same data."""
+    file = repo / "feature_store.yaml"
+    text = file.read_text()
+    for ours, stock in (
+        ("type: instructue_feast.feature_store.engine.EmbeddingEngine", "type: local"),
+        ("type: instructue_feast.feature_store.sqlite.InstructueSqliteOnlineStore", "type: sqlite"),
+        ("type: instructue_feast.feature_store.redis.InstructueRedisOnlineStore", "type: redis"),
+    ):
+        text = text.replace(ours, stock)
+    file.write_text(text)
+
+
 def use_redis(repo: Path, address: str, project: str) -> None:
     """Points a repo at Redis; each test has its own Feast project there."""
     file = repo / "feature_store.yaml"
     text = file.read_text()
-    sqlite = "type: sqlite\n  path: data/online.db"
+    sqlite = "sqlite.InstructueSqliteOnlineStore\n  path: data/online.db"
     assert sqlite in text
-    text = text.replace(sqlite, f"type: redis\n  connection_string: {address}")
+    text = text.replace(sqlite, f"redis.InstructueRedisOnlineStore\n  connection_string: {address}")
     file.write_text(text.replace("project: instructue", f"project: {project}"))

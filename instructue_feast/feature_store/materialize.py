@@ -18,7 +18,8 @@ from instructue_feast.errors import ConfigError, PublishConflictError, StorageEr
 from instructue_feast.feature_store.histories import read_histories
 from instructue_feast.feature_store.lookup import read_stored, served_view
 from instructue_feast.feature_store.session import open_store, quiet
-from instructue_feast.feature_store.views import OWNER, OWNER_TAG, feature_views
+from instructue_feast.feature_store.online import OWNER, OWNER_TAG
+from instructue_feast.feature_store.views import feature_views
 from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from feast import FeatureView, RepoConfig
+from feast import FeatureStore, FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import compute_versioned_name
 from feast.types import Array, Float32
 
@@ -125,6 +125,11 @@ class ReadsVectors(ABC):
         Returns:
             For each column what is stored, whatever its age.
         """
+
+
+def online_store(store: FeatureStore) -> Any:
+    """The online store of an open Feast repo."""
+    return store._get_provider().online_store
 
 
 def vector_column(config: RepoConfig, view: FeatureView, feature: str | None = None) -> VectorColumn:

@@ -7,11 +7,14 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from feast import FeatureStore
 
 from instructue_feast.errors import ConfigError
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 def open_store(repo: Path | str) -> FeatureStore:
@@ -43,6 +46,7 @@ def quiet() -> Iterator[None]:
     """
     logger = logging.getLogger("feast.repo_config")
     level = logger.level
+    token = _QUIET.set(True)
     logger.setLevel(logging.ERROR)  # it doubts `serve_features_while_materializing` with a file registry: it is needed
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -50,4 +54,10 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             yield
     finally:
+        _QUIET.reset(token)
         logger.setLevel(level)
+
+
+def is_quiet() -> bool:
+    """Whether the code runs inside `quiet`: then our engine draws no progress bar either."""
+    return _QUIET.get()

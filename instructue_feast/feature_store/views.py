@@ -12,13 +12,11 @@ from feast.types import Array, Bytes, Float32, String
 from feast.value_type import ValueType
 
 from instructue_feast.config import InstructueConfig, load_config
+from instructue_feast.feature_store.online import OWNER, OWNER_TAG
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.store import OutputStore
 
-OWNER_TAG = "managed_by"
-OWNER = "instructue-feast"
-"""Objects with this tag come from here; `apply_repo` never removes any other."""
 HISTORY_TAG = "packed_history"
 """Tag of the feature service: the view whose packed histories the model of its embeddings reads."""
 

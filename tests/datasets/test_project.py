@@ -91,7 +91,8 @@ def test_the_feature_store_settings_are_accepted_by_feast(tmp_path: Path) -> Non
     assert settings.registry.serve_features_while_materializing is True
     assert settings.materialization_config.online_write_batch_size == 10_000
     assert settings.offline_store.type == "duckdb"
-    assert settings.online_store.type == "sqlite"
+    assert settings.online_store.type.endswith("InstructueSqliteOnlineStore")
+    assert settings.batch_engine.fallback == "local"
 
 
 def test_a_config_somebody_changed_is_kept_beside_the_new_one(tmp_path: Path) -> None:

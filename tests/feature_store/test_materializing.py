@@ -1,23 +1,20 @@
 """From a published run to the online store, on SQLite and on a real Redis."""
 
-from datetime import datetime
-
 import numpy as np
 import pandas as pd
 import pytest
 from feast import Entity, ValueType
-from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
 from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, PublishConflictError, StorageError, VersionMismatchError
 from instructue_feast.feature_store import materialize as materializing
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
-from instructue_feast.feature_store.session import open_store, quiet
+from instructue_feast.feature_store.session import open_store
 from instructue_feast.feature_store.views import feature_views
 from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.store import OutputStore
-from tests.fake_runs import INSTRUCTIONS, unit_vectors, use_redis, user_names, write_fake_run, write_feast_repo
+from tests.fake_runs import INSTRUCTIONS, unit_vectors, user_names, write_fake_run, write_feast_repo
 
 OCTOBER, NOVEMBER, DECEMBER = "2017-10-01T00:00:00Z", "2017-11-01T00:00:00Z", "2017-12-01T00:00:00Z"
 
@@ -284,38 +281,3 @@ def test_feast_prints_nothing_into_the_output_of_a_command(repo, capfd):
     materialize(repo)
     UserEmbeddings(repo).get(["user-0001"])
     assert capfd.readouterr().out == ""
-
-
-@pytest.mark.parametrize("serve", [True, False])
-def test_a_view_stays_readable_while_it_is_materialized_again(repo, monkeypatch, serve):
-    if not serve:  # the trap: without the setting, stock Feast refuses
-        text = (repo / "feature_store.yaml").read_text()
-        (repo / "feature_store.yaml").write_text(
-            text.replace("while_materializing: true", "while_materializing: false")
-        )
-    publish_run(repo)
-    materialize(repo)
-    write, seen = SqliteOnlineStore.online_write_batch, []
-
-    def read_then_write(self, *args, **options):
-        try:
-            seen.append(UserEmbeddings(repo).get(["user-0001"], ["churn"]).found["churn"].tolist())
-        except ValueError as error:
-            seen.append("MATERIALIZING" in str(error))
-        return write(self, *args, **options)
-
-    monkeypatch.setattr(SqliteOnlineStore, "online_write_batch", read_then_write)
-    materialize(repo)
-    assert seen[0] == ([True] if serve else True)
-
-
-def test_stock_redis_alone_would_keep_the_vectors_of_the_earlier_run(repo, redis_address):
-    use_redis(repo, redis_address, project="stock")
-    publish_run(repo, seed=1)
-    materialize(repo)
-    publication = publish_run(repo, seed=2)
-    as_of = datetime.fromisoformat(publication.as_of)
-    with quiet():
-        open_store(repo).materialize(as_of, as_of)
-    found = UserEmbeddings(repo).get(["user-0001"], ["taste"])
-    np.testing.assert_array_equal(found.vectors["taste"], unit_vectors(1, ["user-0001"], "taste"))
