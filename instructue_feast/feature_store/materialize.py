@@ -17,9 +17,10 @@ from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, PublishConflictError, StorageError, VersionMismatchError
 from instructue_feast.feature_store.histories import read_histories
 from instructue_feast.feature_store.lookup import read_stored, served_view
-from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.online import OWNER, OWNER_TAG
+from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.views import feature_views
+from instructue_feast.feature_store.wire import Storage, as_stored
 from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
@@ -178,6 +179,7 @@ def _verify(store: FeatureStore, output: OutputStore, publication: Publication, 
     names = [name for name in output.names(*folder) if name.rpartition("-")[0] == view.newest.run_id]
     sampled = set(names[:: max(1, len(names) // _SAMPLED_FILES)][:_SAMPLED_FILES])
     rows, wrong, asked = 0, 0, 0
+    storage: Storage = getattr(store.config.online_store, "vector_storage", "float32")
     for name in names:
         with output.fs.open(output.path(*folder, name), "rb") as stream:
             file = pq.ParquetFile(stream)
@@ -190,7 +192,7 @@ def _verify(store: FeatureStore, output: OutputStore, publication: Publication, 
         with quiet():
             served = {view.instruction: served_view(store, view.name)}
             vectors, found, _ = read_stored(store, served, users)[view.instruction]
-        expected = vector_matrix(table, view.instruction, view.name)
+        expected = as_stored(vector_matrix(table, view.instruction, view.name), storage)
         asked += len(users)
         wrong += int(np.count_nonzero(~found | (vectors != expected).any(axis=1)))
     if wrong:

@@ -147,8 +147,10 @@ class SqliteReader:
         key = keys, tuple([one.versioned for one in features])
         if key not in self._statements:
             listed = ",".join(f"?{number}" for number in range(1, keys + 1))
+            # Our connection has Feast's converters, which would make local time of the number.
+            time = "event_ts + 0" if self._ours else "event_ts"
             parts = [
-                f"SELECT entity_key, value, event_ts, {number} FROM {_quoted(self._config.project, one)} "  # noqa: S608 - quoted names
+                f"SELECT entity_key, value, {time}, {number} FROM {_quoted(self._config.project, one)} "  # noqa: S608 - quoted names
                 f"WHERE feature_name = {_text(one.feature)} AND entity_key IN ({listed})"
                 for number, one in enumerate(features)
             ]

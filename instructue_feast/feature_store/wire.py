@@ -66,6 +66,13 @@ def encode_vectors(vectors: Vectors, storage: Storage = "float32") -> list[bytes
     return _rows(_bytes_prefix(8 + dim) + _BYTE, np.hstack([scale.view(np.uint8), packed]))
 
 
+def as_stored(vectors: Vectors, storage: Storage) -> Vectors:
+    """What reading `vectors` gives after storing them: for float32 the same numbers."""
+    if storage == "float32":
+        return vectors
+    return decode_vectors(encode_vectors(vectors, storage), vectors.shape[1], "")[0]
+
+
 def encode_bytes(values: Sequence[bytes]) -> list[bytes]:
     """Wire bytes of a `Bytes` feature."""
     return [_bytes_prefix(len(one)) + one for one in values]

@@ -110,10 +110,6 @@ def test_an_embedding_that_has_outlived_its_ttl_is_not_found(expiring):
     assert not late.found["churn"].any()
     assert not late.vectors["churn"].any()
     assert late.as_of["churn"][0] == np.datetime64("2017-10-01T00:00:00", "us")
-    stock = expiring.store.get_online_features(
-        features=expiring.store.get_feature_service("user_embeddings"), entity_rows=[{"user_id": "user-0001"}]
-    ).to_dict()
-    assert stock["churn"][0] is not None  # the trap: stock Feast still serves it
 
 
 def test_a_stored_vector_of_another_size_is_refused(embeddings, monkeypatch):

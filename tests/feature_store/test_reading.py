@@ -58,10 +58,9 @@ def test_a_lookup_gives_the_numbers_stock_feast_gives(any_repo):
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_our_own_online_stores_are_read_however_they_keep_their_vectors(any_repo, storage):
     file = any_repo / "feature_store.yaml"
-    kind = "Redis" if "type: redis" in file.read_text() else "Sqlite"
-    module = f"instructue_feast.feature_store.{kind.lower()}.Instructue{kind}OnlineStore"
-    text = file.read_text().replace(f"type: {kind.lower()}\n", f"type: {module}\n  vector_storage: {storage}\n")
-    file.write_text(text)
+    kind = "Redis" if "Redis" in file.read_text() else "Sqlite"
+    ours = f"Instructue{kind}OnlineStore\n"
+    file.write_text(file.read_text().replace(ours, f"{ours}  vector_storage: {storage}\n"))
     serve(any_repo, dim=8)
     embeddings = UserEmbeddings(any_repo)
     users = ["user-0007", "nobody", "user-0002"]
