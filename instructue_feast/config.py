@@ -224,6 +224,37 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class GatesConfig:
+    """Limits a run must keep to be published; see docs/backfill.md. Comparisons are with the newest published run.
+
+    Attributes:
+        min_rows_ratio: Users, over those of the published run, at least.
+        max_rows_ratio: The same, at most.
+        max_empty_share: Share of users without any event or number.
+        max_empty_share_rise: How much that share may rise.
+        max_identical_share: Share of sampled users with a history whose vector another user has as well.
+        max_mean_cosine: Mean cosine of two sampled users.
+        max_mean_shift: Distance of the mean vectors over the spread of users.
+        max_psi: Population stability index, mean over dimensions; above 0.25 is usually called a shift.
+        min_knn_overlap: Share of the 10 nearest neighbours that stay so.
+        sample_users: Users that are sampled, the same ones in every run.
+        min_sample_users: With fewer, distributions are not compared.
+    """
+
+    min_rows_ratio: float = Field(default=0.5, ge=0)
+    max_rows_ratio: float = Field(default=2.0, ge=0)
+    max_empty_share: float = Field(default=0.95, ge=0, le=1)
+    max_empty_share_rise: float = Field(default=0.2, ge=0, le=1)
+    max_identical_share: float = Field(default=0.5, ge=0, le=1)
+    max_mean_cosine: float = Field(default=0.9999, ge=-1, le=1)
+    max_mean_shift: float = Field(default=0.5, ge=0)
+    max_psi: float = Field(default=0.25, ge=0)
+    min_knn_overlap: float = Field(default=0.05, ge=0, le=1)
+    sample_users: int = Field(default=5000, ge=2)
+    min_sample_users: int = Field(default=200, ge=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class FeastConfig:
     """Names under which Feast knows the embeddings."""
 
@@ -245,6 +276,7 @@ class InstructueConfig:
     history: HistoryConfig = Field(default_factory=HistoryConfig)
     model: ModelSettings = Field(default_factory=ModelSettings)
     feast: FeastConfig = Field(default_factory=FeastConfig)
+    gates: GatesConfig = Field(default_factory=GatesConfig)
     user_qa: UserQAConfig | None = None
 
     def __post_init__(self) -> None:
@@ -374,7 +406,7 @@ _ADAPTER: TypeAdapter[InstructueConfig] = TypeAdapter(InstructueConfig)
 _CLASSES: dict[str, type] = {
     "table": TableConfig, "users": UsersConfig, "history": HistoryConfig, "instructions": InstructionConfig,
     "events": EventSourceConfig, "tabular": TabularSourceConfig, "model": ModelSettings, "output": OutputConfig,
-    "feast": FeastConfig, "user_qa": UserQAConfig,
+    "feast": FeastConfig, "gates": GatesConfig, "user_qa": UserQAConfig,
     "generator": GeneratorConfig, **KINDS,
 }  # fmt: skip
 

@@ -22,6 +22,10 @@ def backfill(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Finish this run, or `latest` for the last unfinished one.")
     ] = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Embed only users who changed since the published run.")
+    ] = False,
+    accept: Annotated[str | None, typer.Option(metavar="WHY", help="Publish even if a quality gate fails.")] = None,
     instruction: Annotated[list[str] | None, typer.Option(help="Instruction id; repeatable; default: all.")] = None,
     run_id: Annotated[str | None, typer.Option(help="Id of the run; an unfinished one goes on.")] = None,
     extract_id: Annotated[str | None, typer.Option("--extract", help="Embed this finished extract.")] = None,
@@ -38,7 +42,7 @@ def backfill(
     """
     result = run_backfill_job(
         config, as_of, instructions=instruction, run_id=run_id, extract_id=extract_id, publish=publish,
-        allow_leakage=allow_leakage, resume=resume, cores=cores, quiet=as_json,
+        allow_leakage=allow_leakage, resume=resume, incremental=incremental, accept=accept, cores=cores, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(result.value | {"stages": [vars_of(stage) for stage in result.stages]})
@@ -59,6 +63,8 @@ def run_backfill_job(
     publish: bool = True,
     allow_leakage: bool = False,
     resume: str | None = None,
+    incremental: bool = False,
+    accept: str | None = None,
     cores: int | None = None,
     quiet: bool = False,
 ) -> JobResult:
@@ -74,6 +80,8 @@ def run_backfill_job(
     arguments = ["--config", config]
     arguments += ["--as-of", as_of] if as_of else []
     arguments += ["--resume", resume] if resume else []
+    arguments += ["--incremental"] if incremental else []
+    arguments += ["--accept", accept] if accept else []
     for name in instructions or ():
         arguments += ["--instruction", name]
     arguments += ["--run-id", run_id] if run_id else []
@@ -98,6 +106,8 @@ def print_run(run: dict[str, Any], result: JobResult) -> None:
         columns += ["users/s", "tokens/s"]
         row += [run["users"] / embed.seconds, run["tokens"] / embed.seconds]
     print_table(f"Run {run['run_id']}", columns, [row])
+    if work.get("full_reason"):
+        out.print(f"[yellow]All users were embedded, because {work['full_reason']}.[/]", soft_wrap=True)
     if kept:
         out.print(f"Attempt {work['attempt']}: {kept:,} buckets were done, {work['buckets_embedded']:,} were computed.")
     views = [[one["id"], f"{one['id']}__{one['embedding_version'][:8]}", one["text"]] for one in run["instructions"]]

@@ -23,6 +23,7 @@ from instructue_feast.cli import (
     models,
     publish,
     qa,
+    runs,
     train,
     tune,
 )
@@ -49,6 +50,7 @@ app.command("eval")(evaluation.evaluate)
 app.command()(ablate.ablate)
 app.command()(backfill.backfill)
 app.command()(publish.publish)
+app.add_typer(runs.app, name="runs")
 app.command()(materialize.materialize)
 app.command()(get.get)
 app.command()(embed.embed)

@@ -13,24 +13,23 @@ from instructue_feast.config import load_config
 def publish(
     run_id: Annotated[str, typer.Argument(help="The finished run to publish.")],
     config: ConfigOption = DEFAULT_CONFIG,
+    accept: Annotated[str | None, typer.Option(metavar="WHY", help="Publish even if a quality gate fails.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a finished run and make it the current one, in one atomic step.
+    """Check a finished run, judge it by its quality gates, and make it the current one, in one atomic step.
 
     Example: [bold]instructue publish 20171001T000000-1a2b3c4d --config instructue.yaml[/]
     """
     import dataclasses
 
-    from instructue_feast.runs.publish import prune_publications
-    from instructue_feast.runs.publish import publish as publish_run
+    from instructue_feast.runs.release import release
     from instructue_feast.runs.store import OutputStore
 
     project = load_config(config)
     store = OutputStore(project.output.path)
-    publication = publish_run(store, run_id, keep_runs=project.output.keep_runs)
-    prune_publications(store, keep=project.output.keep_publications)
+    publication, report = release(store, run_id, project, accept=accept)
     if as_json:
-        print_json(dataclasses.asdict(publication))
+        print_json({**dataclasses.asdict(publication), "quality": report.to_json()})
         return
     rows = [[view.instruction, view.name, len(view.runs)] for view in publication.views]
     print_table(f"Publication {publication.id}", ["feature", "view", "runs"], rows)

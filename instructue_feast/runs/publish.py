@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 
 from instructue_feast.errors import (
     ConfigError,
+    DataError,
     InstructueError,
     PublishConflictError,
     SchemaError,
@@ -28,6 +29,7 @@ from instructue_feast.errors import (
 )
 from instructue_feast.runs.histories import PublishedHistory, history_view_name, publish_histories
 from instructue_feast.runs.manifest import RunInstruction, RunManifest
+from instructue_feast.runs.progress import erased_users_in
 from instructue_feast.runs.reader import run_manifest, verify_bucket
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import bucket_folder
@@ -120,7 +122,12 @@ def current_publication(store: OutputStore) -> Publication | None:
 
 
 def publish(
-    store: OutputStore, run_id: str, *, keep_runs: int = 400, expected: str | Literal[_Any.ANY] | None = ANY
+    store: OutputStore,
+    run_id: str,
+    *,
+    keep_runs: int = 400,
+    expected: str | Literal[_Any.ANY] | None = ANY,
+    verified: str | None = None,
 ) -> Publication:
     """Verifies a finished run and makes it the current publication.
 
@@ -133,6 +140,8 @@ def publish(
         run_id: A finished run.
         keep_runs: How many runs each view keeps for historical retrieval; the newest by `as_of`.
         expected: Id of the publication that must be current (`None`: nothing is published). By default, whichever is.
+        verified: Digest of the run, when this process has just read and checked every row of it; they are not read
+            again then.
 
     Returns:
         The new publication.
@@ -143,6 +152,7 @@ def publish(
         StorageError, SchemaError, InvalidEmbeddingError: A file is damaged or its embeddings are invalid.
         VersionMismatchError: Two embedding versions would share a view name.
         PublishConflictError: Another publisher was faster, or `expected` is not current.
+        DataError: It holds users who were erased.
     """
     if keep_runs < 1:
         raise ConfigError(f"cannot keep {keep_runs} runs", "keep at least one")
@@ -152,17 +162,37 @@ def publish(
     manifest = run_manifest(store, run_id)
     if not manifest.users:
         raise ConfigError(f"run {run_id} holds no users", "publish a run with at least one user")
-    for marker in manifest.buckets:
-        verify_bucket(store, manifest, marker)
+    if verified != manifest.digest:
+        for marker in manifest.buckets:
+            verify_bucket(store, manifest, marker)
+    erased = erased_users_in(store, run_id, manifest.buckets)
+    if erased:
+        raise DataError(
+            f"run {run_id} holds {erased} users who were erased since", "make a new run with `instructue backfill`"
+        )
+    return publish_over(store, manifest, before, before, keep_runs)
 
+
+def publish_over(
+    store: OutputStore, manifest: RunManifest, before: Publication | None, kept: Publication | None, keep_runs: int
+) -> Publication:
+    """Makes the publication of a verified run and moves the pointer to it.
+
+    Args:
+        store: The project's output.
+        manifest: The run.
+        before: The publication that must be current; its folder has the files of earlier runs.
+        kept: What of it the new publication goes on with: all of it, unless something is rolled back.
+        keep_runs: How many runs each view keeps.
+    """
     now = datetime.now(UTC)
-    current = dict(before.current if before else {}) | {one.id: one.view for one in manifest.instructions}
+    current = dict(kept.current if kept else {}) | {one.id: one.view for one in manifest.instructions}
     publication = Publication(
         id=f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}",
         created=now.isoformat(),
-        run_id=run_id,
+        run_id=manifest.run_id,
         as_of=manifest.as_of,
-        views=_views(before, manifest, keep_runs),
+        views=_views(kept, manifest, keep_runs),
         current=current,
     )
     try:
@@ -171,7 +201,7 @@ def publish(
         publication = _with_histories(store, before, publication, manifest)
         document = dataclasses.asdict(publication)
         store.write_json(document, "published", publication.id, "publication.json")
-        _move_pointer(store, before, document)
+        move_pointer(store, before, document)
     except BaseException:
         _discard(store, publication.id)
         raise
@@ -191,15 +221,27 @@ def prune_publications(store: OutputStore, keep: int = 3) -> list[str]:
     """
     if keep < 1:
         raise ConfigError(f"cannot keep {keep} publications", "keep at least one")
+    removed = outdated_publications(store, keep)
+    for name in removed:
+        store.remove("published", name)
+    return removed
+
+
+def outdated_publications(store: OutputStore, keep: int) -> list[str]:
+    """The publications `prune_publications` would remove."""
     names = store.names("published")  # ids begin with the time, so this is oldest first
     complete = [name for name in names if store.exists("published", name, "publication.json")]
     latest = current_publication(store)
     kept = {*complete[-keep:], *([latest.id] if latest else [])}
     # A folder newer than all that are kept may be a publisher at work; an older unfinished one can no longer win.
-    removed = [name for name in names if kept and name not in kept and name < max(kept)]
-    for name in removed:
-        store.remove("published", name)
-    return removed
+    return [name for name in names if kept and name not in kept and name < max(kept)]
+
+
+def stored_publications(store: OutputStore) -> list[Publication]:
+    """All complete publications on disk, the oldest first."""
+    names = [name for name in store.names("published") if store.exists("published", name, "publication.json")]
+    parts = [("published", name, "publication.json") for name in names]
+    return [_parse(store.read_json(*one), store.url(*one)) for one in parts]
 
 
 def _views(before: Publication | None, manifest: RunManifest, keep_runs: int) -> list[PublishedView]:
@@ -344,7 +386,7 @@ def _link(store: OutputStore, source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _move_pointer(store: OutputStore, before: Publication | None, document: dict[str, Any]) -> None:
+def move_pointer(store: OutputStore, before: Publication | None, document: dict[str, Any]) -> None:
     """Compares and swaps: raises `PublishConflictError` if the pointer no longer names `before`."""
     with _pointer_lock(store):
         latest = current_publication(store)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from instructue_feast.instructions import Instruction
 from instructue_feast.model.factory import load_model
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.runs.audit import combine_digests
+from instructue_feast.runs.incremental import choose_base
 from instructue_feast.runs.ledger import (
     Ledger,
     Plan,
@@ -56,10 +58,12 @@ from instructue_feast.runs.manifest import (
 )
 from instructue_feast.runs.ownership import Lease, take
 from instructue_feast.runs.progress import complete_buckets, extract_manifest, intact_buckets
-from instructue_feast.runs.publish import current_publication, prune_publications, publish
+from instructue_feast.runs.publish import current_publication
 from instructue_feast.runs.reader import run_manifest, verify_bucket
+from instructue_feast.runs.release import release
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
+from instructue_spark.carry import BaseRun
 from instructue_spark.claim import remove_for_good, stop_jobs
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
@@ -84,6 +88,8 @@ class BackfillRequest:
         publish: Move the pointer to the run at the end.
         allow_leakage: Embed an `as_of` the model has seen in training.
         resume: Id of a run to finish, or `latest`.
+        incremental: Embed only users whose packed history differs from the published run's, where that is possible.
+        accept: Why the run is published even if a quality gate fails.
     """
 
     config: InstructueConfig
@@ -94,6 +100,8 @@ class BackfillRequest:
     publish: bool = True
     allow_leakage: bool = False
     resume: str | None = None
+    incremental: bool = False
+    accept: str | None = None
 
 
 @dataclass(slots=True)
@@ -106,6 +114,7 @@ class Work:
     buckets_kept: int = 0
     buckets_embedded: int = 0
     model_loads: int = 0
+    full_reason: str | None = None
 
 
 def run_backfill(
@@ -145,6 +154,7 @@ class Backfill:
         self.work = Work()
         self._spark, self._session = spark, spark if isinstance(spark, SparkSession) else None
         self._tag = ""
+        self._verified: str | None = None
 
     def run(self) -> RunManifest:
         """Does what is missing."""
@@ -202,7 +212,7 @@ class Backfill:
             self.work.buckets_kept, self.work.extract_reused = len(manifest.buckets), True
         ledger = read_ledger(store, run_id)
         assert ledger is not None
-        self.work.attempt = ledger.attempts
+        self.work.attempt, self.work.full_reason = ledger.attempts, ledger.plan.full_reason
         if ledger.state not in (RunState.AUDITED, RunState.PUBLISHED, RunState.SUPERSEDED):
             write_ledger(store, ledger.with_state(RunState.AUDITED))
         if self.request.publish and ledger.plan.publish:
@@ -211,16 +221,14 @@ class Backfill:
         return manifest
 
     def _publish(self, manifest: RunManifest) -> None:
-        store, output = self.store, self.config.output
+        store = self.store
         current = current_publication(store)
         if current is not None and current.run_id == manifest.run_id:  # died after it had moved the pointer
             note_published(store, manifest.run_id, None)
             return
         with self.reporter.stage("publish") as stage:
             stage.rows_in = stage.rows_out = manifest.users
-            publish(store, manifest.run_id, keep_runs=output.keep_runs)
-            note_published(store, manifest.run_id, current.run_id if current else None)
-            prune_publications(store, keep=output.keep_publications)
+            release(store, manifest.run_id, self.config, accept=self.request.accept, verified=self._verified)
 
     def _planned(
         self, ledger: Ledger | None, run_id: str, created: datetime, instructions: tuple[Instruction, ...]
@@ -248,6 +256,9 @@ class Backfill:
             extract_id=request.extract_id,
             publish=request.publish,
         )
+        if request.incremental:
+            base, reason = choose_base(self.store, plan)
+            plan = dataclasses.replace(plan, base_run=base, full_reason=reason)
         ledger = Ledger(run_id=run_id, created=created.isoformat(), plan=plan).with_state(RunState.PLANNED)
         write_ledger(self.store, ledger)
         return ledger
@@ -324,6 +335,7 @@ class Backfill:
             stage.rows_in = stage.rows_out = manifest.users
         lease.check()
         finish_run(store, manifest)
+        self._verified = manifest.digest
         return manifest
 
     def _took_over(self, ledger: Ledger) -> None:
@@ -392,7 +404,9 @@ class Backfill:
         lease: Lease,
         missing: list[int],
     ) -> int:
-        created = datetime.fromisoformat(ledger.created)
+        created, base = datetime.fromisoformat(ledger.created), None
+        if ledger.plan.base_run is not None:
+            base = BaseRun(ledger.plan.base_run, run_manifest(self.store, ledger.plan.base_run).extract_id)
         plan = RunPlan(
             root=self.store.root,
             run_id=ledger.run_id,
@@ -405,6 +419,7 @@ class Backfill:
             dtype=self.config.model.dtype,
             max_batch_tokens=self.config.model.max_batch_tokens,
             owner=lease.token,
+            base=base,
         )
         return embed_users(self.spark, plan, self.store, extract, missing, self.reporter)[1]
 
@@ -470,6 +485,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--instruction", action="append", help="instruction id; repeat for several; default: all")
     parser.add_argument("--run-id", help="id of the run; an unfinished one is continued")
     parser.add_argument("--resume", help="finish this run, or the `latest` unfinished one")
+    parser.add_argument(
+        "--incremental", action="store_true", help="embed only users who changed since what is published"
+    )
+    parser.add_argument("--accept", help="why the run is published even if a quality gate fails")
     parser.add_argument("--extract", help="a finished extract to embed instead of extracting anew")
     parser.add_argument("--no-publish", action="store_true", help="finish the run but do not move the pointer")
     parser.add_argument("--allow-leakage", action="store_true", help="embed an as_of the model has seen in training")
@@ -487,12 +506,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             publish=not arguments.no_publish,
             allow_leakage=arguments.allow_leakage,
             resume=arguments.resume,
+            incremental=arguments.incremental,
+            accept=arguments.accept,
         )
         config.registry().select(request.instructions)
 
         def session() -> SparkSession:
             return get_session(f"instructue backfill {config.project}", cores=arguments.cores)
 
+        if "PYSPARK_GATEWAY_PORT" in os.environ:  # a cluster waits for the session, and not for long
+            session()
         backfill = Backfill(session, request, reporter)
         manifest = backfill.run()
         extract: dict[str, Any] | None = None

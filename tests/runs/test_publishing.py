@@ -281,13 +281,13 @@ def test_keeping_no_run_at_all_is_refused(store):
 
 def test_an_interrupt_just_after_the_pointer_moved_leaves_the_publication_whole(store, monkeypatch):
     run_id = write_fake_run(store, OCTOBER)
-    move = publishing._move_pointer
+    move = publishing.move_pointer
 
     def interrupted(*args):
         move(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publishing, "_move_pointer", interrupted)
+    monkeypatch.setattr(publishing, "move_pointer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         publish(store, run_id)
     publication = current_publication(store)

@@ -229,7 +229,7 @@ def test_a_finished_run_survives_a_failed_publication(spark, project, monkeypatc
     def conflict(*_args, **_values):
         raise PublishConflictError("another publisher was faster", "publish again")
 
-    monkeypatch.setattr("instructue_spark.backfill.publish", conflict)
+    monkeypatch.setattr("instructue_spark.backfill.release", conflict)
     with pytest.raises(PublishConflictError):
         backfill(spark, project, run_id="kept")
     monkeypatch.undo()
