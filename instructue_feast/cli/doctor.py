@@ -94,7 +94,7 @@ def _accelerator() -> Finding:
     return Finding("accelerator", "ok", f"none, CPU only (torch {torch.__version__})")
 
 
-_KERNELS = ("info_nce", "adapter", "next_token")
+_KERNELS = ("info_nce", "adapter", "text_pool", "prompt_slots", "next_token")
 
 
 def _kernels() -> list[Finding]:

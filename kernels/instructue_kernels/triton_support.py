@@ -1,6 +1,7 @@
 """Whether Triton kernels can run here, asked without importing Triton where it is absent.
 
 Environment: `TRITON_INTERPRET=1`, set before the first import, runs kernels on the CPU, slowly, for tests.
+`INSTRUCTUE_TRITON=0` keeps `impl="auto"` from choosing Triton; `impl="triton"` still does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ def problem(device_type: str) -> str | None:
     if (major, minor) < OLDEST_CAPABILITY:
         return f"compute capability {major}.{minor}, and kernels need 8.0"
     return None
+
+
+def auto_allowed(device_type: str) -> bool:
+    """Whether `impl="auto"` may choose Triton on a device: a GPU it runs on, and it is not switched off."""
+    return device_type == "cuda" and problem("cuda") is None and os.environ.get("INSTRUCTUE_TRITON", "1") != "0"
+
+
+def why_not() -> str:
+    """Why `impl="auto"` does not choose Triton on this machine's GPU."""
+    if os.environ.get("INSTRUCTUE_TRITON", "1") == "0":
+        return "INSTRUCTUE_TRITON=0"
+    return problem("cuda") or "the CPU"
 
 
 @functools.cache

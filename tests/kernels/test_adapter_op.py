@@ -216,7 +216,8 @@ def test_a_wrong_shape_is_named(position):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"impl": "fast"}, "auto, chunked or reference"),
+        ({"impl": "fast", "offsets": torch.tensor([0, 3, 4])}, "auto, triton, chunked or reference"),
+        ({"impl": "triton", "offsets": torch.tensor([0, 3, 4])}, "cannot run: CPU tensors; use auto or chunked"),
         ({"offsets": torch.tensor([0, 4])}, r"offsets \[2\]"),
         ({"offsets": torch.tensor([0, 3, 2])}, r"ascend from 0 to 4, the number of texts, not \[0, 3, 2\]"),
         ({"offsets": torch.tensor([0, 3, 5])}, "ascend from 0 to 4"),

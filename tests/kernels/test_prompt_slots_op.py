@@ -96,7 +96,8 @@ def test_it_compiles_without_a_break():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "use auto, chunked or reference"),
+        ({"impl": "triton"}, "cannot run: CPU tensors; use auto or chunked"),
+        ({"impl": "fast"}, "use auto, triton, chunked or reference"),
         ({"table_VH": torch.ones(3, 3, dtype=torch.float64)}, r"with one H, not \[\[3, 3\], \[4, 2\]"),
         ({"table_VH": torch.ones(3, 2)}, "must have one dtype"),
         ({"slots": torch.zeros(3)}, "must be int64"),

@@ -107,7 +107,8 @@ def test_it_compiles_without_a_break():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "use auto, chunked or reference"),
+        ({"impl": "triton"}, "cannot run: CPU tensors; use auto or chunked"),
+        ({"impl": "fast"}, "use auto, triton, chunked or reference"),
         ({"weights_TK": torch.ones(4, 2)}, r"weights \[4, 2\] and soft \[4, 5\] must be .* T being 5"),
         ({"soft_NH": torch.ones(4, 5)}, "torch.float64 and torch.float32"),
         ({"offsets": torch.tensor([0, 2, 4])}, r"ascend from 0 to 5, the number of texts, not \[0, 2, 4\]"),

@@ -24,8 +24,8 @@ def forward(texts: Texts, parameters: Parameters, eps: float, keep: bool) -> tup
         `[N, H]` soft tokens; `[N, M]` values before GELU if `keep`, else `[0, M]`.
     """
     weight = parameters.up_RMD
-    soft_NH = weight.new_empty(len(texts), parameters.down_RHM.shape[1])
-    before_NM = weight.new_empty(len(texts) if keep else 0, weight.shape[1])
+    soft_NH = weight.new_empty(texts.number, parameters.down_RHM.shape[1])
+    before_NM = weight.new_empty(texts.number if keep else 0, weight.shape[1])
     for source, start, end in texts.parts():
         own = Parameters(*(one[source] for one in parameters))
         for first in range(start, end, CHUNK):
@@ -62,7 +62,7 @@ def backward(
     """
     wide = parameters.wide
     totals = Parameters(*(torch.zeros_like(one, dtype=wide) for one in parameters))
-    kept = len(before_NM) == len(texts)
+    kept = len(before_NM) == texts.number
     vectors = texts.vectors_UD
     grad_UD = torch.zeros_like(vectors, dtype=wide) if of_vectors else vectors.new_empty(0, vectors.shape[1])
     for source, start, end in texts.parts():

@@ -7,15 +7,18 @@ from typing import Any, Literal
 
 import torch
 
+from instructue_kernels import triton_support
 from instructue_kernels.adapter import chunked
 from instructue_kernels.adapter.reference import Parameters, Texts, adapter_reference
 
 # U = stored vectors, N = texts, R = sources, D = encoder size, M = middle size, H = hidden size of the LLM
 
-Impl = Literal["auto", "chunked", "reference"]
+Impl = Literal["auto", "triton", "chunked", "reference"]
 
-_FORWARD = {"chunked": chunked.forward}
-_BACKWARD = {"chunked": chunked.backward}
+
+MEMORY_BOUND = 1024
+"""Up to this encoder and middle size a GPU waits for memory in these products, so fusing what surrounds them pays;
+above, cuBLAS has the better products."""
 
 KEPT_ELEMENTS = 2**24
 """Values before GELU that a forward keeps for the backward: 64 MB in float32. Above, they are computed again."""
@@ -53,7 +56,8 @@ def adapter(
         offsets: `[R + 1]` int64: texts `offsets[r]` to `offsets[r + 1]` are of source r. Needed for R > 1.
         scale: `[U]` float32: an int8 vector stands for itself times its scale.
         eps: LayerNorm epsilon; small, because unit vectors of size D have variance 1/D.
-        impl: `reference` (plain torch), `chunked` (row chunks, memory bounded, any device), or `auto`.
+        impl: `reference` (plain torch), `chunked` (row chunks, memory bounded, any device), `triton` (GPU; no float64,
+            no gradient of the vectors), or `auto`: see `explain_choice`.
 
     Returns:
         `[N, H]` soft tokens in the dtype of the weights. Once differentiable in the weights and in floating vectors.
@@ -68,7 +72,6 @@ def adapter(
         >>> adapter(x, torch.ones(4), torch.zeros(4), m, torch.zeros(5), h, torch.ones(2)).tolist()
         [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
-    chosen = choose(impl)
     given = (norm_weight_RD, norm_bias_RD, up_RMD, up_bias_RM, down_RHM, down_bias_RH)
     parameters = Parameters(*given)
     if up_RMD.dim() == 2:
@@ -83,32 +86,50 @@ def adapter(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         parameters = Parameters(*(one.to(dtype) for one in parameters))
+    chosen = choose(impl, texts, parameters)
     if chosen == "reference":
         return adapter_reference(texts, parameters, eps)
     learns = any(one.requires_grad for one in (vectors_UD, *parameters)) and torch.is_grad_enabled()
-    keep = learns and len(texts) * parameters.up_RMD.shape[1] <= KEPT_ELEMENTS
+    keep = learns and (chosen == "triton" or texts.number * parameters.up_RMD.shape[1] <= KEPT_ELEMENTS)
     soft_NH: torch.Tensor = _adapter(*texts, list(parameters), eps, keep, chosen)[0]
     return soft_NH
 
 
-def choose(impl: str) -> str:
-    """The implementation behind `impl`.
+def choose(impl: str, texts: Texts, parameters: Parameters) -> str:
+    """The implementation behind `impl` for these arguments.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: It cannot run here, or there is none of that name.
     """
-    if impl not in ("auto", "chunked", "reference"):
-        raise ValueError(f"impl {impl!r} is unknown; use auto, chunked or reference")
-    return "chunked" if impl == "auto" else impl
+    if impl not in ("auto", "triton", "chunked", "reference"):
+        raise ValueError(f"impl {impl!r} is unknown; use auto, triton, chunked or reference")
+    if impl not in ("auto", "triton"):
+        return impl
+    _, middle, dim = parameters.up_RMD.shape
+    dtype, device = parameters.up_RMD.dtype, texts.vectors_UD.device.type
+    reason = triton_support.problem(device)
+    if reason is None and dtype == torch.float64:
+        reason = "float64"
+    if reason is None and texts.vectors_UD.requires_grad:
+        reason = "vectors that learn"
+    if impl == "triton":
+        if reason is not None:
+            raise ValueError(f"impl 'triton' cannot run: {reason}; use auto or chunked")
+        return "triton"
+    tensor_cores = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    worth = triton_support.auto_allowed(device) and tensor_cores and max(dim, middle) <= MEMORY_BOUND
+    return "triton" if reason is None and worth else "chunked"
 
 
 def explain_choice() -> str:
-    """What `impl="auto"` does on this machine, in words.
-
-    >>> explain_choice()
-    'chunked: row chunks of bounded memory; its backward needs one product less than autograd'
-    """
-    return "chunked: row chunks of bounded memory; its backward needs one product less than autograd"
+    """What `impl="auto"` does on this machine, in words."""
+    leaner = "row chunks of bounded memory; its backward needs one product less than autograd"
+    if triton_support.auto_allowed("cuda"):
+        return (
+            f"triton for half-precision weights up to {MEMORY_BOUND} wide, which memory bounds "
+            f"({triton_support.where()}); else chunked: {leaner}"
+        )
+    return f"chunked: {leaner} (no Triton: {triton_support.why_not()})"
 
 
 @torch.library.custom_op("instructue::adapter", mutates_args=())
@@ -124,7 +145,11 @@ def _adapter(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft tokens, and what GELU was applied to if it is kept, else nothing."""
     texts = Texts(vectors_UD, rows, offsets, scale)
-    return _FORWARD[impl](texts, Parameters(*parameters), eps, keep)
+    if impl == "triton":
+        from instructue_kernels.adapter import triton
+
+        return triton.forward(texts, Parameters(*parameters), eps, keep)
+    return chunked.forward(texts, Parameters(*parameters), eps, keep)
 
 
 @_adapter.register_fake
@@ -158,7 +183,13 @@ def _adapter_backward(
 ) -> list[torch.Tensor]:
     """Gradients of the vectors (nothing unless `of_vectors`) and of the six parameters."""
     texts = Texts(vectors_UD, rows, offsets, scale)
-    of_store, found = _BACKWARD[impl](grad_NH, before_NM, texts, Parameters(*parameters), eps, of_vectors=of_vectors)
+    given = (grad_NH, before_NM, texts, Parameters(*parameters), eps)
+    if impl == "triton":
+        from instructue_kernels.adapter import triton
+
+        of_store, found = triton.backward(*given, of_vectors=of_vectors)
+    else:
+        of_store, found = chunked.backward(*given, of_vectors=of_vectors)
     return [of_store, *found]
 
 

@@ -43,7 +43,8 @@ class Texts(NamedTuple):
     offsets: torch.Tensor
     scale_U: torch.Tensor | None
 
-    def __len__(self) -> int:
+    @property
+    def number(self) -> int:
         """N."""
         return len(self.vectors_UD) if self.rows_N is None else len(self.rows_N)
 
@@ -54,8 +55,8 @@ class Texts(NamedTuple):
             ValueError: The offsets do not go from 0 to N in ascending order.
         """
         bounds = self.offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(self) or bounds != sorted(bounds):
-            raise ValueError(f"offsets must ascend from 0 to {len(self)}, the number of texts, not {bounds}")
+        if bounds[0] != 0 or bounds[-1] != self.number or bounds != sorted(bounds):
+            raise ValueError(f"offsets must ascend from 0 to {self.number}, the number of texts, not {bounds}")
         for source, (start, end) in enumerate(itertools.pairwise(bounds)):
             if start < end:
                 yield source, start, end

@@ -7,15 +7,13 @@ from typing import Any, Literal
 
 import torch
 
+from instructue_kernels import triton_support
 from instructue_kernels.prompt_slots import chunked
 from instructue_kernels.prompt_slots.reference import Events, prompt_slots_reference
 
 # P = slots of all prompts, V = rows of the table, T = texts of all users, N = distinct texts, H = hidden size
 
-Impl = Literal["auto", "chunked", "reference"]
-
-_FORWARD = {"chunked": chunked.forward}
-_BACKWARD = {"chunked": chunked.backward}
+Impl = Literal["auto", "triton", "chunked", "reference"]
 
 
 def prompt_slots(
@@ -33,7 +31,7 @@ def prompt_slots(
         events: T texts. Soft tokens and embeddings are in the dtype of the table.
         slots: int64 of any shape: -1 for padding (zero), 0 to V - 1 for a row of the table, V + t for text t.
         dtype: Of the result; the table's if left out.
-        impl: `reference`, `chunked` (some slots at a time, any device), or `auto`.
+        impl: `reference`, `chunked` (some slots at a time, any device), `triton` (GPU; no float64), or `auto`.
 
     Returns:
         `[*slots.shape, H]`. Once differentiable in the table, soft tokens, count and age embeddings.
@@ -47,7 +45,7 @@ def prompt_slots(
         >>> prompt_slots(one, events, torch.tensor([[0, 1, -1]])).tolist()
         [[[1.0, 1.0], [8.0, 8.0], [0.0, 0.0]]]
     """
-    chosen = choose(impl)
+    chosen = choose(impl, table_VH.dtype, table_VH.device.type)
     _check(table_VH, events, slots)
     dtype = dtype or table_VH.dtype
     if chosen == "reference":
@@ -56,27 +54,39 @@ def prompt_slots(
     return filled_PH.view(*slots.shape, table_VH.shape[1])
 
 
-def choose(impl: str) -> str:
-    """The implementation behind `impl`.
+def choose(impl: str, dtype: torch.dtype, device_type: str) -> str:
+    """The implementation behind `impl` for tensors like these.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: It cannot run here, or there is none of that name.
     """
-    if impl not in ("auto", "chunked", "reference"):
-        raise ValueError(f"impl {impl!r} is unknown; use auto, chunked or reference")
-    return "chunked" if impl == "auto" else impl
+    if impl not in ("auto", "triton", "chunked", "reference"):
+        raise ValueError(f"impl {impl!r} is unknown; use auto, triton, chunked or reference")
+    if impl == "triton":
+        reason = triton_support.problem(device_type) or ("float64" if dtype == torch.float64 else None)
+        if reason is not None:
+            raise ValueError(f"impl 'triton' cannot run: {reason}; use auto or chunked")
+    if impl != "auto":
+        return impl
+    return "triton" if dtype != torch.float64 and triton_support.auto_allowed(device_type) else "chunked"
 
 
 def explain_choice() -> str:
     """What `impl="auto"` does on this machine, in words."""
-    return "chunked: some slots at a time"
+    if triton_support.auto_allowed("cuda"):
+        return f"triton: one pass over the prompt ({triton_support.where()})"
+    return f"chunked: some slots at a time (no Triton: {triton_support.why_not()})"
 
 
 @torch.library.custom_op("instructue::prompt_slots", mutates_args=())
 def _prompt_slots(
     table_VH: torch.Tensor, events: Sequence[torch.Tensor], slots_P: torch.Tensor, dtype: torch.dtype, impl: str
 ) -> torch.Tensor:
-    return _FORWARD[impl](table_VH, Events(*events), slots_P, dtype)
+    if impl == "triton":
+        from instructue_kernels.prompt_slots import triton
+
+        return triton.forward(table_VH, Events(*events), slots_P, dtype)
+    return chunked.forward(table_VH, Events(*events), slots_P, dtype)
 
 
 @_prompt_slots.register_fake
@@ -99,7 +109,11 @@ def _prompt_slots_backward(
     needed: Sequence[bool],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _BACKWARD[impl](grad_PH, table_VH, Events(*events), slots_P, needed)
+    if impl == "triton":
+        from instructue_kernels.prompt_slots import triton
+
+        return triton.backward(grad_PH, table_VH, Events(*events), slots_P, needed)
+    return chunked.backward(grad_PH, table_VH, Events(*events), slots_P, needed)
 
 
 @_prompt_slots_backward.register_fake

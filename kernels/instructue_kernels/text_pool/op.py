@@ -6,15 +6,13 @@ from typing import Any, Literal
 
 import torch
 
+from instructue_kernels import triton_support
 from instructue_kernels.text_pool import chunked
 from instructue_kernels.text_pool.reference import text_pool_reference
 
 # T = texts of all users, N = distinct texts, S = runs of texts, K = columns of weights, H = hidden size
 
-Impl = Literal["auto", "chunked", "reference"]
-
-_FORWARD = {"chunked": chunked.forward}
-_BACKWARD = {"chunked": chunked.backward}
+Impl = Literal["auto", "triton", "chunked", "reference"]
 
 
 def text_pool(
@@ -35,7 +33,8 @@ def text_pool(
         soft_NH: `[N, H]` soft tokens of distinct texts, in the dtype of the weights.
         offsets: `[S + 1]` int64: texts `offsets[s]` to `offsets[s + 1]` are run s. A run may be empty.
         rows: `[T]` int64 row of each text in `soft_NH`; None if they are one per text, in order.
-        impl: `reference`, `chunked` (a few runs at a time, any device), or `auto`.
+        impl: `reference`, `chunked` (a few runs at a time, any device), `triton` (GPU; no float64), or
+            `auto`.
 
     Returns:
         `[S, K, H]`, zero for an empty run. Once differentiable in weights and soft tokens.
@@ -48,7 +47,7 @@ def text_pool(
         >>> text_pool(weights, soft, torch.tensor([0, 2, 3]), rows=torch.tensor([0, 1, 1])).tolist()
         [[[2.0, 3.0]], [[3.0, 4.0]]]
     """
-    chosen = choose(impl)
+    chosen = choose(impl, weights_TK.dtype, weights_TK.device.type)
     number = len(soft_NH) if rows is None else len(rows)
     if weights_TK.dim() != 2 or soft_NH.dim() != 2 or len(weights_TK) != number:
         shapes = f"weights {list(weights_TK.shape)} and soft {list(soft_NH.shape)}"
@@ -63,27 +62,39 @@ def text_pool(
     return pooled
 
 
-def choose(impl: str) -> str:
-    """The implementation behind `impl`.
+def choose(impl: str, dtype: torch.dtype, device_type: str) -> str:
+    """The implementation behind `impl` for tensors like these.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: It cannot run here, or there is none of that name.
     """
-    if impl not in ("auto", "chunked", "reference"):
-        raise ValueError(f"impl {impl!r} is unknown; use auto, chunked or reference")
-    return "chunked" if impl == "auto" else impl
+    if impl not in ("auto", "triton", "chunked", "reference"):
+        raise ValueError(f"impl {impl!r} is unknown; use auto, triton, chunked or reference")
+    if impl == "triton":
+        reason = triton_support.problem(device_type) or ("float64" if dtype == torch.float64 else None)
+        if reason is not None:
+            raise ValueError(f"impl 'triton' cannot run: {reason}; use auto or chunked")
+    if impl != "auto":
+        return impl
+    return "triton" if dtype != torch.float64 and triton_support.auto_allowed(device_type) else "chunked"
 
 
 def explain_choice() -> str:
     """What `impl="auto"` does on this machine, in words."""
-    return "chunked: a few users at a time"
+    if triton_support.auto_allowed("cuda"):
+        return f"triton: reads each soft token once and adds nothing atomically ({triton_support.where()})"
+    return f"chunked: a few users at a time (no Triton: {triton_support.why_not()})"
 
 
 @torch.library.custom_op("instructue::text_pool", mutates_args=())
 def _text_pool(
     weights_TK: torch.Tensor, soft_NH: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None, impl: str
 ) -> torch.Tensor:
-    return _FORWARD[impl](weights_TK, soft_NH, offsets, rows)
+    if impl == "triton":
+        from instructue_kernels.text_pool import triton
+
+        return triton.forward(weights_TK, soft_NH, offsets, rows)
+    return chunked.forward(weights_TK, soft_NH, offsets, rows)
 
 
 @_text_pool.register_fake
@@ -108,7 +119,11 @@ def _text_pool_backward(
     of_soft: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _BACKWARD[impl](grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
+    if impl == "triton":
+        from instructue_kernels.text_pool import triton
+
+        return triton.backward(grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
+    return chunked.backward(grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
 
 
 @_text_pool_backward.register_fake

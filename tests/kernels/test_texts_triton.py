@@ -1,0 +1,68 @@
+"""The Triton kernels of `text_pool` and `prompt_slots` in the interpreter: they are the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pooled_both_ways(sizes, n, k, h, dtype, shared):
+    from instructue_kernels.text_pool import text_pool
+    from tests.kernels.test_text_pool_op import gradients, problem
+
+    weights, soft, offsets, rows = problem(sizes, n if shared else sum(sizes), k, h, dtype=dtype)
+    rows = rows if shared else None
+    ours = gradients(text_pool(weights, soft, offsets, rows=rows, impl="triton"), weights, soft)
+    exact = [one.detach().double().requires_grad_() for one in (weights, soft)]
+    return ours, gradients(text_pool(*exact, offsets, rows=rows, impl="reference"), *exact)
+
+
+def filled_both_ways(v, t, n, h, shape, dtype, out):
+    from instructue_kernels.prompt_slots import Events, prompt_slots
+    from tests.kernels.test_prompt_slots_op import gradients, problem
+
+    table, events, slots = problem(v, t, n, h, shape, dtype=dtype)
+    slots = slots.clamp(max=v + t - 1)
+    leaves = [table, *events[:3]]
+    ours = gradients(prompt_slots(table, events, slots, dtype=out, impl="triton"), *leaves)
+    exact = [one.detach().double().requires_grad_() for one in leaves]
+    filled = prompt_slots(exact[0], Events(*exact[1:], *events[3:]), slots, impl="reference")
+    return ours, gradients(filled, *exact)
+
+
+def assert_close(ours, theirs, dtype):
+    allowed = 1e-5 if dtype == torch.float32 else 3e-3
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.isfinite().all()
+        assert (one.double() - other).norm() <= allowed * other.norm() + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "k", "h"),
+    [
+        ([37, 0, 70, 1], 29, 3, 33),
+        ([5], 9, 1, 130),
+        ([3, 4], 5, 66, 7),
+        ([0, 0], 3, 2, 5),
+        ([], 3, 2, 5),
+        ([4], 3, 0, 5),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, True), (torch.float16, False)])
+def test_pooling(interpreted, sizes, n, k, h, dtype, shared):
+    assert_close(*interpreted(pooled_both_ways, sizes, n, k, h, dtype, shared), dtype)
+
+
+@pytest.mark.parametrize(
+    ("v", "t", "n", "h", "shape"),
+    [
+        (7, 40, 9, 33, (3, 50)),
+        (1, 1, 1, 1, (1,)),
+        (5, 600, 70, 20, (1200,)),
+        (4, 0, 3, 5, (2, 9)),
+        (3, 5, 2, 4, (0, 7)),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "out"), [(torch.float32, torch.float32), (torch.float32, torch.float16)])
+def test_filling(interpreted, v, t, n, h, shape, dtype, out):
+    assert_close(*interpreted(filled_both_ways, v, t, n, h, shape, dtype, out), out)
