@@ -24,9 +24,9 @@ from instructue_feast.model.prompt import Suffix, UserBatch
 OnBatch = Callable[[int, int], None]
 """Called after each forward pass with the number of users and of real tokens in it."""
 
-CPU_BATCH_TOKENS = 512
-"""A few users: the activations of one layer stay in the cache. One core ran 297, 339 and 354 tokens/s with 4,096, 1,024
-and 512 (SmolLM2-135M, float32)."""
+CPU_BATCH_BYTES = 4_096
+"""Tokens of a CPU's batches times bytes of the compute type. What a layer holds should stay in the cache, and its weights
+should serve many tokens; measured in `docs/throughput.md`."""
 
 GPU_BATCH_TOKENS = 32_768
 """Enough to fill an accelerator; not tuned."""
@@ -79,7 +79,9 @@ class UserEmbedder:
         self.model = model.eval()
         self.table = table
         on_cpu = self.model.device.type == "cpu"
-        self.max_batch_tokens = max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        self.max_batch_tokens = max_batch_tokens or (
+            CPU_BATCH_BYTES // self.model.llm_dtype.itemsize if on_cpu else GPU_BATCH_TOKENS
+        )
         self._soft_prompts = dict(soft_prompts or {})
         self._prepared: dict[tuple[str, ...], _Prepared] = {}
 

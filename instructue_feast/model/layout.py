@@ -50,7 +50,7 @@ class PackedPrompts:
 
 
 def pack(
-    prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]]
+    prefixes: Sequence[Ints], suffixes: Sequence[Sequence[Ints]], readouts: Sequence[Sequence[int]], *, step: int = 1
 ) -> PackedPrompts:
     """Packs prefixes and suffixes into rectangular arrays, each half padded on its right.
 
@@ -58,13 +58,14 @@ def pack(
         prefixes: Table rows of each user's prefix.
         suffixes: Table rows of each user's K suffixes.
         readouts: Place of `<USER>` within each suffix.
+        step: Prefixes are padded to a multiple of this.
 
     Example:
         >>> packed = pack([np.array([7, 8])], [[np.array([5]), np.array([3, 4])]], [[0, 1]])
         >>> packed.position_BS.tolist(), packed.readout_BK.tolist()
         ([[0, 1, 2, 2, 3]], [[2, 4]])
     """
-    places = max((len(prefix) for prefix in prefixes), default=0)
+    places = -(-max((len(prefix) for prefix in prefixes), default=0) // step) * step
     lengths = [sum(len(one) for one in own) for own in suffixes]
     shape = (len(prefixes), places + max(lengths, default=0))
     row_BS = np.zeros(shape, np.int64)
@@ -88,16 +89,19 @@ def pack(
     )
 
 
-def block_mask(segment_BS: torch.Tensor) -> torch.Tensor:
-    """`[B, S, S]` bool, true where the query (second axis) may see the key (third axis).
+def block_mask(segment_BS: torch.Tensor, *, first_query: int = 0) -> torch.Tensor:
+    """`[B, Q, S]` bool, true where the query (second axis) may see the key (third axis).
 
     Padding is seen by nobody and sees only itself, so that no softmax is over nothing.
+
+    Args:
+        segment_BS: See `PackedPrompts`.
+        first_query: Place of the first query; Q of them up to the end.
     """
-    length = segment_BS.shape[1]
-    places = torch.arange(length, device=segment_BS.device)
-    query, key = segment_BS[:, :, None], segment_BS[:, None, :]
-    causal = places[:, None] >= places[None, :]
-    itself = places[:, None] == places[None, :]
+    places = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    query, key = segment_BS[:, first_query:, None], segment_BS[:, None, :]
+    causal = places[first_query:, None] >= places[None, :]
+    itself = places[first_query:, None] == places[None, :]
     visible = ((key == PREFIX) | (key == query)) & (query != PADDING) & causal
     return visible | itself
 

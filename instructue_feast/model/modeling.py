@@ -28,6 +28,10 @@ from instructue_feast.model.prompt import PaddedUsers, PromptInputs, PromptToken
 # B = users, T = texts of all users, L = most texts of a user, N = texts, D = encoder size, F = focus size,
 # H = hidden size, K = instructions, S = padded prompt length
 
+_STEP_OF_HALVES = 8
+"""Prefixes of bfloat16 are padded to a multiple of this. A CPU compiles a matrix product for every shape it meets,
+which takes as long as several products; fewer shapes, and all of them stay compiled."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
@@ -329,6 +333,7 @@ class InstructUEModel(nn.Module):
             suffixes,
             self._preamble,
             self.llm.get_input_embeddings(),  # type: ignore[operator]
+            step=_STEP_OF_HALVES if self.llm_dtype == torch.bfloat16 else 1,
         )
         log_gate_BL, log_gate_BS = padded.log_gate(), None
         if log_gate_BL is not None:

@@ -12,10 +12,15 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from instructue_feast.model import attention
 from instructue_feast.model.instruction_states import InstructionStates, asked_mask, own_mask
 from instructue_feast.model.layout import additive, block_mask
 
-# B = users, S = prompt length, P = places of the prefix, I = tokens of all instructions, H = hidden size
+# B = users, S = prompt length, P = places of the prefix, Q = places of suffixes, I = tokens of all instructions,
+# H = hidden size
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,13 @@ class Prompts:
 
 
 def run_in_two(backbone: nn.Module, prompts: Prompts, states: InstructionStates) -> torch.Tensor:
-    """Last hidden states `[B, S, H]`: a pass over the prefixes, one over the suffixes."""
+    """Last hidden states `[B, S, H]`: a pass over the prefixes, one over the suffixes. Those of prefixes are zero.
+
+    Nobody reads them: a suffix needs the keys and values of its prefix only.
+    """
     places = prompts.prefix_places
-    visible_BSS = block_mask(prompts.segment_BS)
-    prefix = _run(backbone, prompts, slice(0, places), visible_BSS[:, :places, :places], DynamicCache())
     users = len(prompts.segment_BS)
-    past = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+    past = _read_prefixes(backbone, prompts)
     if states.layers:
         past = [
             (
@@ -54,9 +60,39 @@ def run_in_two(backbone: nn.Module, prompts: Prompts, states: InstructionStates)
             )
             for (key, value), (own_key, own) in zip(states.layers, past, strict=True)
         ]
-    visible_BQK = torch.cat([asked_mask(states, prompts.asks_BS[:, places:]), visible_BSS[:, places:]], dim=2)
+    visible_BQS = block_mask(prompts.segment_BS, first_query=places)
+    visible_BQK = torch.cat([asked_mask(states, prompts.asks_BS[:, places:]), visible_BQS], dim=2)
     suffix = _run(backbone, prompts, slice(places, None), visible_BQK, DynamicCache(past))
-    return torch.cat([prefix.last_hidden_state, suffix.last_hidden_state], dim=1)
+    hidden: torch.Tensor = suffix.last_hidden_state
+    return nn.functional.pad(hidden, (0, 0, places, 0))
+
+
+def prefix_states(backbone: nn.Module, inputs_BPH: torch.Tensor, position_BP: torch.Tensor) -> Layers:
+    """Keys and values `[B, heads, P, size]` of prefixes in every layer, padded on the right.
+
+    What stands at padding is anything; nothing that is not padding looks at it.
+    """
+    config: Any = backbone.config
+    assert config._attn_implementation == attention.NAME, config._attn_implementation
+    cache = DynamicCache()
+    with attention.keys_only(config.num_hidden_layers):
+        backbone(
+            inputs_embeds=inputs_BPH,
+            attention_mask=inputs_BPH.new_zeros(1, 1, 1, 1),  # or Transformers would make one of its own
+            position_ids=position_BP,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _read_prefixes(backbone: nn.Module, prompts: Prompts) -> Layers:
+    places = prompts.prefix_places
+    if prompts.bias_BS is None:
+        return prefix_states(backbone, prompts.inputs_BSH[:, :places], prompts.position_BS[:, :places])
+    visible_BPP = block_mask(prompts.segment_BS[:, :places])
+    output = _run(backbone, prompts, slice(0, places), visible_BPP, DynamicCache())
+    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
 def run_in_line(backbone: nn.Module, prompts: Prompts, states: InstructionStates) -> torch.Tensor:

@@ -248,6 +248,8 @@ class PromptTokens(nn.Module):
         suffixes: Sequence[Sequence[Suffix]],
         preamble: Ints,
         embed: Any,
+        *,
+        step: int = 1,
     ) -> tuple[PromptInputs, PackedPrompts]:
         """Gathers the embeddings of all tokens, and says which stands where in every prompt.
 
@@ -259,6 +261,7 @@ class PromptTokens(nn.Module):
             suffixes: K suffixes of each user.
             preamble: LLM tokens at the head.
             embed: The LLM's input embedding, `[n]` token ids to `[n, H]`.
+            step: See `layout.pack`.
 
         Returns:
             What rows of prompts stand for, and the packed prompts.
@@ -303,7 +306,7 @@ class PromptTokens(nn.Module):
             focus = first_focus + user * num_suffixes
             rows_of_suffixes.append([np.append(focus + k, tails[id(one)]) for k, one in enumerate(own)])
             readouts.append([1] * len(own))
-        return inputs, pack(prefixes, rows_of_suffixes, readouts)
+        return inputs, pack(prefixes, rows_of_suffixes, readouts, step=step)
 
     def _summaries(
         self,

@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from instructue_feast.errors import ConfigError
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.soft_tokens import SoftTokenTable
-from instructue_feast.model.layout import Ints, additive, block_mask, token_budget_batches
+from instructue_feast.model.layout import Ints, additive, token_budget_batches
 from instructue_feast.model.modeling import InstructUEModel
+from instructue_feast.model.passes import prefix_states
 from instructue_feast.model.prompt import Suffix, UserBatch
 
 # U = users, B = users of a batch, S = longest prefix, W = words of an instruction, P = tokens of its soft prompt,
@@ -107,13 +108,12 @@ class UserPrefixes:
             model._preamble,
             model.llm.get_input_embeddings(),  # type: ignore[operator]
         )
-        past = model.backbone(
-            inputs_embeds=inputs.fill(prompts.row_BS, model.llm_dtype),
-            attention_mask=additive(block_mask(torch.from_numpy(prompts.segment_BS).to(model.device)), model.llm_dtype),
-            position_ids=torch.from_numpy(prompts.position_BS).to(model.device) + model.config.instruction_tokens,
-            use_cache=True,
-        ).past_key_values
-        return tuple((layer.keys, layer.values) for layer in past.layers)
+        layers = prefix_states(
+            model.backbone,
+            inputs.fill(prompts.row_BS, model.llm_dtype),
+            torch.from_numpy(prompts.position_BS).to(model.device) + model.config.instruction_tokens,
+        )
+        return tuple(layers)
 
     def _batch(self, history: PackedHistory) -> UserBatch:
         rows = torch.from_numpy(self.table.rows(history.text_id))
