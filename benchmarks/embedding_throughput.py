@@ -6,6 +6,8 @@ instructions are read before, once. The peer (`padded_loop.py`) gets the embeddi
 the LLM over `history, instruction, <USER>`, 16 prompts at a time in the order they arrive. Where both compute the same
 thing, the vector without an instruction, they are compared.
 
+Times on a CPU are those the process computed, with one thread as in the workers of a backfill; on a GPU wall time.
+
     python benchmarks/embedding_throughput.py --model full --instructions 8 --users 16 --dtype bfloat16
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,22 +37,24 @@ NOTHING = Instruction("nothing", "")
 def main() -> None:
     """Measures, prints the ratio, appends to `results/embedding_throughput.csv`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", help="folder of the data set's project; made when missing; default: a temporary one")
+    parser.add_argument(
+        "--project", help="folder of the data set's project; made when missing; default: a temporary one"
+    )
     parser.add_argument("--model", choices=("full", "checkpoint"), default="checkpoint")
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--instructions", type=int, nargs="+", choices=range(1, 9), default=[1, 8])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--padding", choices=("right", "left"), default="right", help="of the peer")
     parser.add_argument("--batch-tokens", type=int, help="our budget; default: what suits the device")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="turns before, in which shapes are compiled")
     parser.add_argument("--json", help="also write the result here")
     parser.add_argument("--no-csv", action="store_true", help="do not append to the results file")
     args = parser.parse_args()
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         config = open_project(args.project or Path(scratch) / "journey")
         model = open_model(config, args.model, args.dtype).to(args.device)
@@ -70,7 +75,8 @@ def main() -> None:
             "instructue": lambda chosen=chosen: embedder.encode(users.history, chosen),
             "padded loop": lambda chosen=chosen: loop.encode(chosen),
         }
-        seconds = interleaved(functions, args.repeats, warmup=0)
+        clock = time.process_time if args.device == "cpu" else time.perf_counter
+        seconds = interleaved(functions, args.repeats, warmup=args.warmup, clock=clock)
         scale = (
             f"model={args.model},layers={model.backbone.config.num_hidden_layers},users={args.users},"
             f"instructions={count},prefix={np.mean([len(one) for one in prefixes]):.0f},"
@@ -79,7 +85,7 @@ def main() -> None:
         # Ratios within a turn: the machine's mood is nearly the same for both.
         ratio = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
         for name, values in seconds.items():
-            rows.append(row(name, values, "seconds", "s", scale))
+            rows.append(row(name, values, "cpu_seconds" if args.device == "cpu" else "seconds", "s", scale))
             rows.append(row(name, [args.users / one for one in values], "users_per_second", "1/s", scale))
         rows.append(row("padded loop / instructue", ratio, "ratio", "1", scale))
         rows.append(row("padded loop - instructue", [difference], "max_abs_difference", "1", scale))

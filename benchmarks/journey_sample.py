@@ -1,4 +1,4 @@
-"""Real histories for benchmarks: households of The Complete Journey, packed at 2017-10-01, and the models that read them."""
+"""Real histories for benchmarks: households of The Complete Journey, packed at 2017-10-01, and models to read them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The peer of our embedding path: what a user of Transformers would write.
 
-One prompt per user and instruction, `history, instruction, <USER>`, as token embeddings; batches of 16 in the order they
-arrive, padded to the longest, with an attention mask; the LLM without its head; the last hidden state of the last token.
+One prompt per user and instruction, `history, instruction, <USER>`, as token embeddings; batches of 16 in the order
+they arrive, padded to the longest, with an attention mask; the LLM without its head; the last token's hidden state.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def prompt_embeddings(
         batch, suffix, similarity_T1 = embedder.inputs(part, instruction)
         own = [[suffix]] * len(part)
         values_BC = torch.from_numpy(part.tabular_numeric).to(model.device)
+        focus_B1H = model.focus_tokens(batch, own, similarity_T1)
         inputs, prompts = model.prompt.assemble(
-            batch, model.prompt.pad(batch), model.numeric(values_BC), model.focus_tokens(batch, own, similarity_T1), own,
+            batch, model.prompt.pad(batch), model.numeric(values_BC), focus_B1H, own,
             model.word_ids(model.config.preamble), model.llm.get_input_embeddings(),
         )  # fmt: skip
         rows_BSH = inputs.fill(prompts.row_BS, model.llm_dtype)

@@ -70,7 +70,11 @@ def make_history(sizes: list[tuple[int, int, int]], *, seed: int = 0) -> PackedH
     rng = np.random.default_rng(seed)
     ids, sources, _ = phrasebook()
     by_source = [ids[sources == index] for index in range(len(SOURCES))]
-    texts = [rng.choice(by_source[r], own[r], replace=False) for own in sizes for r in range(len(SOURCES))]
+    texts = [
+        rng.choice(by_source[r], own[r], replace=own[r] > len(by_source[r]))  # a whale has some more than once
+        for own in sizes
+        for r in range(len(SOURCES))
+    ]
     total = sum(map(sum, sizes))
     numeric = rng.normal(0, 100, (len(sizes), len(NUMERIC))).astype(np.float32)
     numeric[rng.random(numeric.shape) < 0.2] = np.nan

@@ -25,8 +25,8 @@ OnBatch = Callable[[int, int], None]
 """Called after each forward pass with the number of users and of real tokens in it."""
 
 CPU_BATCH_BYTES = 4_096
-"""Tokens of a CPU's batches times bytes of the compute type. What a layer holds should stay in the cache, and its weights
-should serve many tokens; measured in `docs/throughput.md`."""
+"""Tokens of a CPU's batches times bytes of the compute type. What a layer holds should stay in the cache, and its
+weights should serve many tokens; measured in `docs/throughput.md`."""
 
 GPU_BATCH_TOKENS = 32_768
 """Enough to fill an accelerator; not tuned."""

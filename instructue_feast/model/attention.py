@@ -40,8 +40,8 @@ class _KeysKnown(Exception):  # noqa: N818 - no error: how the last layer is lef
 def keys_only(num_layers: int) -> Iterator[None]:
     """Within, the LLM reads causally whatever mask it is given, and stops at the attention of its last layer.
 
-    The cache then holds the keys and values of all layers, as Transformers fills it before attention is called. A cut LLM
-    of two layers does half of the work this way.
+    The cache then holds the keys and values of all layers, as Transformers fills it before attention is called. A cut
+    LLM of two layers does half of the work this way.
     """
     token = _LAST_LAYER.set(num_layers - 1)
     try:
