@@ -11,12 +11,14 @@ import pyarrow as pa
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.history.render import text_id
+from instructue_feast.inference.soft_prompts import model_digest
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.encoders import TextEncoder
 from instructue_feast.model.factory import untrained
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.schema import PACKED_HISTORY
+from instructue_feast.soft_prompt_file import SoftPrompt
 
 SOURCES = ("bill", "app", "tabular")
 NUMERIC = (("tabular", "money", "spend"), ("tabular", "money", "visits"), ("tabular", "age", "years"))
@@ -50,6 +52,21 @@ def make_model(llm: str, encoder: str, *, seed: int = 0, embedding_dim: int = 16
         seed=seed,
         **settings,
     )
+
+
+def make_soft_prompt(
+    model: InstructUEModel, *, tokens: int = 3, size: float = 0.5, shift: float = 0.1, seed: int = 0, **changes: Any
+) -> SoftPrompt:
+    """What tuning might have learned: random soft tokens, and a random shift of the instruction's vectors."""
+    rng = np.random.default_rng(seed)
+    dims = sum((model.config.encoder_dims or {})[name] for name in model.config.encoder_names)
+    values = {
+        "vectors": (size * rng.normal(size=(tokens, model.config.hidden_size))).astype(np.float32),
+        "shift": (shift * rng.normal(size=dims)).astype(np.float32),
+        "instruction_id": "tuned", "text": "", "model_digest": model_digest(model),
+        "labels": {"shots": 4, "positive": 2}, "metrics": {},
+    }  # fmt: skip
+    return SoftPrompt(**(values | changes))
 
 
 def phrasebook() -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -93,7 +93,7 @@ def _open(
     from instructue_feast.evaluation.extracts import latest_extract
     from instructue_feast.inference.embedder import UserEmbedder
     from instructue_feast.inference.from_run import check_run_model, open_embedder
-    from instructue_feast.inference.soft_prompts import soft_prompts_of, vectors_of
+    from instructue_feast.inference.soft_prompts import soft_prompts_of
     from instructue_feast.runs.store import OutputStore
 
     config = project.config
@@ -105,5 +105,5 @@ def _open(
     extract_id = project.extract(parse_as_of(as_of)) if as_of else latest_extract(config)
     history, book = read_user(config, extract_id, user)
     model = project.load_model()
-    prompts = vectors_of(soft_prompts_of(config, instructions, model))
+    prompts = soft_prompts_of(config, instructions, model)
     return UserEmbedder(model, soft_tokens_of(model, book, history), soft_prompts=prompts), history, book

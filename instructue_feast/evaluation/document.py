@@ -41,7 +41,7 @@ def suite_document(
     Returns:
         `tasks`, `mean`, `mean_unseen` (the rows' mean AUC over all tasks, and over those whose subject was never
         trained on), `differences`, `paraphrased`, `noise`, `attributions` if they were checked, `protocol`, `model`,
-        `versions`, `seconds`.
+        `few_labels` if there are soft prompts, `versions`, `seconds`.
     """
     unseen = [row for row, task in enumerate(result.labelled.tasks) if task.unseen]
     families = sorted({task.family for task in result.labelled.tasks})
@@ -66,6 +66,7 @@ def suite_document(
         },
         "noise": noise_document(result),
         **_section(result.attributions),
+        **({} if result.few_labels is None else {"few_labels": result.few_labels.document("ours_fewshot", "ours")}),
         "protocol": protocol(options) | _words(result.attributions),
         "model": model_document(model),
         "versions": versions(),

@@ -14,12 +14,12 @@ from instructue_feast.errors import DataError
 from instructue_feast.evaluation.extracts import Phrasebook
 from instructue_feast.evaluation.tasks import Task
 from instructue_feast.history.pack import PackedHistory
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
-from instructue_feast.inference.soft_prompts import require_model, require_text, vectors_of
+from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.inference.soft_prompts import require_model, require_text
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.modeling import InstructUEModel
-from instructue_feast.soft_prompt_file import read_soft_prompt
+from instructue_feast.soft_prompt_file import SoftPrompt, read_soft_prompt
 
 # U = users, T = tasks, K = distinct instructions, E = embedding size, N = texts, D = encoder size
 
@@ -121,11 +121,11 @@ class TaskEncoder:
             self._table = SoftTokenTable.build(self.model, self.book.text_ids, self.book.source_index, own)
         return self._table
 
-    def embedder(self, soft_prompts: Mapping[str, torch.Tensor] | None = None) -> UserEmbedder:
+    def embedder(self, soft_prompts: Mapping[str, SoftPrompt] | None = None) -> UserEmbedder:
         """What embeds users whose texts are in the phrasebook.
 
         Args:
-            soft_prompts: Tuned `[P, H]` soft prompts by `Instruction.content_hash`.
+            soft_prompts: Tuned soft prompts by `Instruction.content_hash`.
         """
         return UserEmbedder(self.model, self.table, max_batch_tokens=self.max_batch_tokens, soft_prompts=soft_prompts)
 
@@ -136,7 +136,7 @@ class TaskEncoder:
         *,
         paraphrased: bool = True,
         none: bool = True,
-        soft_prompts: Mapping[str, torch.Tensor] | None = None,
+        soft_prompts: Mapping[str, SoftPrompt] | None = None,
         on_users: OnUsers | None = None,
     ) -> TaskEmbeddings:
         """One pass per user over the instructions of all tasks.
@@ -146,7 +146,7 @@ class TaskEncoder:
             tasks: T tasks.
             paraphrased: Embed the held-out wordings as well.
             none: Embed the empty instruction as well.
-            soft_prompts: Tuned `[P, H]` soft prompts by task name.
+            soft_prompts: Tuned soft prompts by task name.
             on_users: Called after each forward pass.
         """
         wanted: dict[tuple[str, str | None], int] = {}
@@ -158,12 +158,11 @@ class TaskEncoder:
         right = [place(task.instruction) for task in tasks]
         held_out = [place(task.paraphrase) if paraphrased and task.paraphrase else -1 for task in tasks]
         few_shot = [
-            place(task.instruction, soft_prompt_digest(prompts[task.name])) if task.name in prompts else -1
-            for task in tasks
+            place(task.instruction, prompts[task.name].digest) if task.name in prompts else -1 for task in tasks
         ]
         empty = place("") if none else -1
         instructions = [Instruction(f"i{row}", text, soft_prompt=prompt) for row, (text, prompt) in enumerate(wanted)]
-        digests = {soft_prompt_digest(one): one for one in prompts.values()}
+        digests = {one.digest: one for one in prompts.values()}
         tuned = {one.content_hash: digests[one.soft_prompt] for one in instructions if one.soft_prompt}
         embedder = self.embedder(tuned)
         done = 0
@@ -214,7 +213,7 @@ def encode_texts(model: InstructUEModel, book: Phrasebook) -> dict[str, Matrix]:
 
 def load_soft_prompts(
     folder: Path, tasks: Sequence[Task], model: InstructUEModel, *, required: bool = True
-) -> dict[str, torch.Tensor]:
+) -> dict[str, SoftPrompt]:
     """Reads `<task>.safetensors` of each task that has one.
 
     Args:
@@ -224,7 +223,7 @@ def load_soft_prompts(
         required: Refuse a folder without any file of these tasks.
 
     Returns:
-        Tuned `[P, H]` soft prompts by task name; no rows where tuning found nothing better than the words.
+        Tuned soft prompts by task name; plain ones where tuning found nothing better than the words.
 
     Raises:
         DataError: The folder has none for any of the tasks, or a file is damaged or holds something else.
@@ -243,4 +242,4 @@ def load_soft_prompts(
             f"{folder} has no soft prompt of any of {len(tasks)} tasks",
             "name the files <task>.safetensors; `instructue tune-instruction` writes them",
         )
-    return vectors_of(prompts)
+    return prompts

@@ -33,6 +33,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         parts += ["", *_noise(document["noise"])]
     if document.get("attributions"):
         parts += ["", *_attributions(document["attributions"])]
+    if document.get("few_labels"):
+        parts += ["", *_few_labels(document["few_labels"])]
     parts += ["", "## Protocol", "", *(f"- {name}: {value}" for name, value in document["protocol"].items()), ""]
     return "\n".join(parts)
 
@@ -118,6 +120,21 @@ def _noise(noise: Mapping[str, Any]) -> list[str]:
             cells = [_interval(one[kind].get(row), "difference") for one in noise.values()]
             if any(cells):
                 lines.append(_line([f"`{row}`{words}", *cells]))
+    return lines
+
+
+def _few_labels(found: Mapping[str, Any]) -> list[str]:
+    lines = ["## Few labels", ""]
+    lines.append(
+        f"Mean AUC of the linear probe over {found['tasks']} tasks by the number of users of each class it is fitted "
+        f"on, tested on all others; intervals over {found['draws']} draws of who is labelled."
+    )
+    by_count = found["by_labels_of_each_class"]
+    rows = list(next(iter(by_count.values()))["mean"])
+    lines += ["", *_head(["labels of each class", *(f"`{row}`" for row in rows), "difference"])]
+    for count, own in by_count.items():
+        means = [f"{own['mean'][row]:.3f}" for row in rows]
+        lines.append(_line([count, *means, _interval(own["difference"], "difference")]))
     return lines
 
 

@@ -10,12 +10,12 @@ from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import ConfigError, LeakageError, did_you_mean
 from instructue_feast.evaluation.attributions import Attributions, measure_agreement
 from instructue_feast.evaluation.extracts import Phrasebook, users_in_order
+from instructue_feast.evaluation.few_labels import FewLabels, measure_few_labels
 from instructue_feast.evaluation.journey import Journey, seconds
 from instructue_feast.evaluation.journey_features import HandFeatures, compressed, hand_features
 from instructue_feast.evaluation.journey_tasks import CUT, journey_tasks
@@ -27,6 +27,7 @@ from instructue_feast.evaluation.tasks import LabelledTasks
 from instructue_feast.evaluation.text_rows import demographic_texts, journey_profiles, llm_vectors, mean_event_vectors
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.model.modeling import InstructUEModel
+from instructue_feast.soft_prompt_file import SoftPrompt
 
 # U = users, T = tasks
 
@@ -60,7 +61,7 @@ class SuiteOptions:
         seed: Seed of folds, draws and noise.
         jobs: Processes for the probes.
         max_batch_tokens: Upper bound on the padded tokens of one forward pass.
-        soft_prompts: Tuned `[P, H]` soft prompts by task name, for the rows of few shots.
+        soft_prompts: Tuned soft prompts by task name, for the rows of few shots.
         allow_leakage: Evaluate a model that has seen what comes after the cut.
         explain_users: Users whose attributions are checked against leaving texts out; 0 for none.
     """
@@ -71,7 +72,7 @@ class SuiteOptions:
     seed: int = 0
     jobs: int = 1
     max_batch_tokens: int | None = None
-    soft_prompts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    soft_prompts: Mapping[str, SoftPrompt] = field(default_factory=dict)
     allow_leakage: bool = False
     explain_users: int = 100
 
@@ -108,6 +109,7 @@ class SuiteResult:
         mismatch: Whose instruction each task got in the mismatched row.
         seconds: Wall time by step.
         attributions: How well those agree with leaving texts out; `None` when they were not checked.
+        few_labels: `ours` and `ours_fewshot` by number of labels; `None` without soft prompts.
     """
 
     labelled: LabelledTasks
@@ -116,6 +118,7 @@ class SuiteResult:
     mismatch: list[int]
     seconds: dict[str, float]
     attributions: Attributions | None = None
+    few_labels: FewLabels | None = None
 
 
 def check_leakage(model: InstructUEModel, cut: datetime, *, allow: bool = False) -> None:
@@ -179,6 +182,7 @@ def run_journey_suite(
         noise=noise,
         mismatch=mismatch,
         attributions=bench.attributions(),
+        few_labels=bench.few_labels(inputs),
         seconds=clock.seconds,
     )
 
@@ -310,6 +314,22 @@ class _Bench:
                 on_users=self.clock.progress("attributions"),
             )
         return Attributions(found)
+
+    def few_labels(self, inputs: Inputs) -> FewLabels | None:
+        """Embeddings under the words and under the tuned instruction, for probes with few labels."""
+        both = ("ours", "ours_fewshot")
+        own = [row for row, rows in enumerate(inputs) if all(name in rows for name in both)]
+        if not own:
+            return None
+        with self.clock.step("few labels"):
+            return measure_few_labels(
+                [self.labelled.tasks[row].name for row in own],
+                [{name: inputs[row][name].features for name in both} for row in own],
+                [self.labelled.labels[row] for row in own],
+                seed=self.options.seed,
+                jobs=self.options.jobs,
+                on_task=self.clock.progress("few labels"),
+            )
 
     def score(self, inputs: Inputs, step: str) -> list[dict[str, RowScores]]:
         """Scores of every row."""

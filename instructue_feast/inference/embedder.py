@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from instructue_feast.model.instruction_states import InstructionStates
 from instructue_feast.model.layout import token_budget_batches
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.model.prompt import Suffix, UserBatch
+from instructue_feast.soft_prompt_file import SoftPrompt
 
 # U = users, T = texts of all users, N = texts of the table, F = focus size, H = hidden size, K = instructions
 
@@ -51,7 +51,7 @@ class UserEmbedder:
         table: Soft tokens of the texts, built with this model.
         max_batch_tokens: Upper bound on the padded tokens of one forward pass; a longer user goes alone. `None` takes
             what suits the device.
-        soft_prompts: Tuned soft prompts `[P, H]` by `Instruction.content_hash`.
+        soft_prompts: Tuned soft prompts by `Instruction.content_hash`.
 
     Raises:
         VersionMismatchError: The table was built with another model.
@@ -68,7 +68,7 @@ class UserEmbedder:
         table: SoftTokenTable,
         *,
         max_batch_tokens: int | None = None,
-        soft_prompts: Mapping[str, torch.Tensor] | None = None,
+        soft_prompts: Mapping[str, SoftPrompt] | None = None,
     ) -> None:
         if table.model_digest != model.weights_digest():
             raise VersionMismatchError(
@@ -182,22 +182,27 @@ class UserEmbedder:
         if key not in self._prepared:
             if len(self._prepared) == _KEPT:
                 self._prepared.pop(next(iter(self._prepared)))
-            vectors = self.model.instruction_vectors([one.text for one in instructions])
+            prompts = [self._soft_prompt(one) for one in instructions]
+            vectors = self.model.instruction_vectors(
+                [one.text for one in instructions], [None if one is None else one.shift for one in prompts]
+            )
             suffixes = tuple(
                 self.model.suffix(
-                    one.text, soft_prompt=self._soft_prompt(one), vectors=tuple(own[row] for own in vectors)
+                    one.text,
+                    soft_prompt=None if prompt is None else torch.from_numpy(prompt.vectors),
+                    vectors=tuple(own[row] for own in vectors),
                 )
-                for row, one in enumerate(instructions)
+                for row, (one, prompt) in enumerate(zip(instructions, prompts, strict=True))
             )
-            similarity_NK = self._similarity([one.text for one in instructions])
+            similarity_NK = self._similarity(vectors)
             self._prepared[key] = _Prepared(suffixes, similarity_NK, self.model.instruction_states(suffixes))
         return self._prepared[key]
 
-    def _similarity(self, texts: list[str]) -> torch.Tensor:
-        queries_EKF = self.model.focus_queries(texts)
+    def _similarity(self, vectors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        queries_EKF = self.model.queries(vectors)
         encoder_of_source = [self.model.encoder_index(name) for name in self.model.config.sources or []]
         encoder_N = np.asarray(encoder_of_source, np.int64)[self.table.source_index]
-        similarity_NK = torch.empty(len(self.table), len(texts))
+        similarity_NK = torch.empty(len(self.table), queries_EKF.shape[1])
         for index, queries_KF in enumerate(queries_EKF):
             members = np.flatnonzero(encoder_N == index)
             for start in range(0, len(members), _CHUNK):  # bounds what is held of a memory-mapped table
@@ -205,21 +210,21 @@ class UserEmbedder:
                 similarity_NK[rows] = (self.table.focus_keys[rows].to(self.model.device) @ queries_KF.T).cpu()
         return similarity_NK
 
-    def _soft_prompt(self, instruction: Instruction) -> torch.Tensor | None:
+    def _soft_prompt(self, instruction: Instruction) -> SoftPrompt | None:
         if instruction.soft_prompt is None:
             return None
-        vectors = self._soft_prompts.get(instruction.content_hash)
-        if vectors is None:
+        prompt = self._soft_prompts.get(instruction.content_hash)
+        if prompt is None:
             raise ConfigError(
                 f"instruction {instruction.id!r} wants soft prompt {instruction.soft_prompt[:12]}, which was not given",
                 "pass it in `soft_prompts`",
             )
-        if soft_prompt_digest(vectors) != instruction.soft_prompt:
+        if prompt.digest != instruction.soft_prompt:
             raise VersionMismatchError(
                 f"the soft prompt of instruction {instruction.id!r} is not {instruction.soft_prompt[:12]}",
-                "use the vectors the instruction was tuned to",
+                "use the one the instruction was tuned to",
             )
-        return vectors
+        return prompt
 
     def _check_sources(self, history: PackedHistory, rows_T: npt.NDArray[np.int64]) -> None:
         if np.any(self.table.source_index[rows_T] != history.source_index):
@@ -236,9 +241,3 @@ class UserEmbedder:
                 f"a prompt of {longest} tokens (user {int(lengths.argmax())} of {len(history)}), the LLM takes {limit}",
                 "lower `max_texts` of the sources, or use an LLM with more positions",
             )
-
-
-def soft_prompt_digest(vectors: torch.Tensor) -> str:
-    """What `Instruction.soft_prompt` holds: SHA-256 of shape and float32 values."""
-    values = vectors.detach().cpu().float().contiguous().numpy()
-    return hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()

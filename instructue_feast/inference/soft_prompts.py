@@ -16,7 +16,7 @@ from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import StorageError, VersionMismatchError
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.modeling import InstructUEModel
-from instructue_feast.soft_prompt_file import HEADER, TENSOR, SoftPrompt, read_soft_prompt
+from instructue_feast.soft_prompt_file import HEADER, TENSORS, SoftPrompt, read_soft_prompt
 
 FOLDER = "soft_prompts"
 """Folder of soft prompts: of a run, of a model that comes with some, and where tuning puts them beside the config."""
@@ -37,7 +37,8 @@ def save_soft_prompt(prompt: SoftPrompt, path: str | Path) -> None:
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(save({TENSOR: torch.from_numpy(prompt.vectors.copy())}, metadata={HEADER: prompt.header()}))
+        arrays = {name: torch.from_numpy(getattr(prompt, field).copy()) for field, (name, _) in TENSORS.items()}
+        scratch.write_bytes(save(arrays, metadata={HEADER: prompt.header()}))
         scratch.replace(target)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {target}: {error}", "free disk space or mend the rights") from None
@@ -102,11 +103,6 @@ def require_text(prompt: SoftPrompt, instruction: Instruction, where: str) -> No
         )
 
 
-def vectors_of(prompts: Mapping[str, SoftPrompt]) -> dict[str, torch.Tensor]:
-    """What `UserEmbedder` takes as `soft_prompts`."""
-    return {key: torch.from_numpy(one.vectors) for key, one in prompts.items()}
-
-
 def save_run_soft_prompts(prompts: Mapping[str, SoftPrompt], folder: Path) -> None:
     """Puts soft prompts into a run's folder, by content hash of their instructions.
 
@@ -117,11 +113,11 @@ def save_run_soft_prompts(prompts: Mapping[str, SoftPrompt], folder: Path) -> No
         save_soft_prompt(one, folder / FOLDER / f"{key}.safetensors")
 
 
-def load_run_soft_prompts(folder: Path) -> dict[str, torch.Tensor]:
+def load_run_soft_prompts(folder: Path) -> dict[str, SoftPrompt]:
     """The soft prompts in a run's folder, by content hash; empty without any.
 
     Raises:
         DataError: A file is damaged.
     """
     files = sorted((folder / FOLDER).glob("*.safetensors"))
-    return vectors_of({file.stem: read_soft_prompt(str(file)) for file in files})
+    return {file.stem: read_soft_prompt(str(file)) for file in files}

@@ -206,15 +206,39 @@ class InstructUEModel(nn.Module):
 
         An empty text gives a zero query: all similarities are equal, and the focus is the user's mean.
         """
-        vectors = self.instruction_vectors(texts)
+        return self.queries(self.instruction_vectors(texts))
+
+    def queries(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Focus queries `[encoders, K, F]` of `instruction_vectors`."""
         # No bias: the query of a zero vector is zero.
         return torch.stack([self.focus.query(index, one.to(self.device)) for index, one in enumerate(vectors)])
 
-    def instruction_vectors(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """`[K, D]` vectors of instructions from each encoder; zero for an empty text."""
+    def instruction_vectors(
+        self, texts: Sequence[str], shifts: Sequence[npt.NDArray[np.float32] | None] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """`[K, D]` vectors of instructions from each encoder; zero for an empty text.
+
+        Args:
+            texts: K instructions.
+            shifts: What tuning adds to each, over all encoders; None for nothing.
+
+        Raises:
+            ConfigError: A shift does not have the encoders' size.
+        """
         blank = torch.tensor([not text for text in texts])[:, None]
         encoders = [self.text_encoder(name) for name in self.config.encoder_names]
-        return tuple(torch.from_numpy(one.encode(texts)).masked_fill(blank, 0.0) for one in encoders)
+        found = [torch.from_numpy(one.encode(texts)).masked_fill(blank, 0.0) for one in encoders]
+        dims = [one.dim for one in encoders]
+        for row, shift in enumerate(shifts):
+            if shift is None:
+                continue
+            if shift.shape != (sum(dims),):
+                raise ConfigError(
+                    f"shift of shape {list(shift.shape)}, the encoders want [{sum(dims)}]", "tune it for this model"
+                )
+            for own, part in zip(found, torch.split(torch.from_numpy(shift), dims), strict=True):
+                own[row] += part
+        return tuple(found)
 
     def suffix(
         self,

@@ -1,7 +1,8 @@
-"""Few-shot tuning of an instruction: a few vectors behind its words, everything else frozen.
+"""Few-shot tuning of an instruction: soft tokens behind its words and a shift of their vector, everything else frozen.
 
-Labels of some users pull the embedding toward what the words alone do not say. Nothing but the soft prompt moves, so a
-tuned instruction is some kilobytes, and costs a backfill nothing: instructions are read once for all users.
+Labels of some users pull the embedding toward what the words alone do not say: the soft tokens change how the LLM reads
+a user, the shift changes which texts and numbers of the user the focus finds. Nothing else moves, so a tuned
+instruction is some kilobytes, and costs a backfill nothing: instructions are read once for all users.
 
 Source: Q-Anchor (arXiv 2602.14492) tunes 6 soft-prompt tokens by a prototype-contrastive loss; the loss here is that of
 a linear probe on shots it was not fitted on, see `probe_loss`.
@@ -29,7 +30,8 @@ from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.soft_prompt_file import SoftPrompt
 from instructue_feast.training.user_prefixes import InstructionReader, UserPrefixes
 
-# N = shots, B = shots of a step, P = tokens, H = hidden size, E = embedding size, C = classes: 0 and 1
+# N = shots, B = shots of a step, P = tokens, H = hidden size, D = sizes of all text encoders together,
+# E = embedding size
 
 Labels = npt.NDArray[np.int8]
 OnStep = Callable[[int, int], None]
@@ -52,7 +54,7 @@ class TuningSettings:
         steps: Most steps.
         tokens: P.
         shots_per_step: Most shots of a step, half of each class.
-        learning_rate: Step size of Adam, in units of the size of a word's embedding.
+        learning_rate: Step size of Adam, in units of the size of a word's embedding, and of an instruction's vector.
         validation_share: Share of the shots that is kept aside to choose the step.
         eval_steps: Steps between two looks at them.
         patience: Stop after so many looks without a gain.
@@ -202,7 +204,7 @@ class Tuned:
     """What tuning gave.
 
     Attributes:
-        prompt: The soft prompt; without rows when the words alone were best.
+        prompt: What was learned; plain when the words alone were best.
         step: Step it was taken from.
         auc_untuned: AUC of the shots kept aside under the words alone: of the cosine to the answers where they are
             known, else of a linear probe on the other shots.
@@ -220,15 +222,22 @@ class Tuned:
 
 
 def untuned_prompt(instruction: Instruction, model: InstructUEModel) -> SoftPrompt:
-    """A soft prompt without rows, for an instruction there are no labels for: it changes nothing."""
+    """A soft prompt without rows or shift, for an instruction there are no labels for: it changes nothing."""
     return SoftPrompt(
         vectors=np.zeros((0, model.config.hidden_size), np.float32),
+        shift=np.zeros(_shift_size(model), np.float32),
         instruction_id=instruction.id,
         text=instruction.text,
         model_digest=model_digest(model),
         labels={"shots": 0, "positive": 0, "held": 0},
         metrics={},
     )
+
+
+def _shift_size(model: InstructUEModel) -> int:
+    """D."""
+    dims = model.config.encoder_dims or {}
+    return sum(dims[name] for name in model.config.encoder_names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,10 +292,10 @@ class InstructionTuner:
         """
         settings, model, shots = self.settings, self.prefixes.model, job.shots
         suffix = model.suffix(job.instruction.text)
-        focus_UH = self.prefixes.focus_tokens(job.instruction.text)
-        plain = InstructionReader(self.prefixes, suffix, 0, focus_UH)
-        reader = InstructionReader(self.prefixes, suffix, settings.tokens, focus_UH)
+        plain = InstructionReader(self.prefixes, suffix, 0)
+        reader = InstructionReader(self.prefixes, suffix, settings.tokens)
         start_PH = initial_soft_prompt(model, suffix.token_ids, settings.tokens)
+        still_D = torch.zeros(_shift_size(model), device=model.device)
         answer_AE = self._answers(job.answers)
         positive_A = torch.arange(len(job.answers), device=model.device) < job.num_positive
 
@@ -296,8 +305,10 @@ class InstructionTuner:
                 loss = loss + ranking_loss(answer_scores(embedding_BE, answer_AE, positive_A), label_B)
             return loss
 
-        def auc_of(reader: InstructionReader, soft_PH: torch.Tensor | None) -> float:
-            embedding_NE = self._embed(reader, soft_PH, shots)
+        def auc_of(
+            reader: InstructionReader, soft_PH: torch.Tensor | None, shift_D: torch.Tensor | None = None
+        ) -> float:
+            embedding_NE = self._embed(reader, soft_PH, shift_D, shots)
             if answer_AE is None:
                 return _probe_auc(embedding_NE, shots)
             held = torch.from_numpy(shots.held)
@@ -306,23 +317,25 @@ class InstructionTuner:
 
         untuned = auc_of(plain, None)
         start = auc_of(reader, start_PH)
-        best, best_PH, best_step = untuned, start_PH[:0], 0
+        best, best_PH, best_D, best_step = untuned, start_PH[:0], still_D, 0
         if start > best:
             best, best_PH = start, start_PH
         history = [(0, math.nan, start)]
         scale = float(start_PH.pow(2).mean().sqrt())
-        unit_PH = torch.nn.Parameter(start_PH / scale)
-        optimizer = torch.optim.Adam([unit_PH], lr=settings.learning_rate)
+        unit_PH, unit_D = torch.nn.Parameter(start_PH / scale), torch.nn.Parameter(still_D.clone())
+        size = 1 / math.sqrt(len(still_D) / len(suffix.vectors))  # encoder vectors have length one
+        learned = [unit_PH, unit_D]
+        optimizer = torch.optim.Adam(learned, lr=settings.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
         batches = _Batches(shots, settings)
         since, running = 0, 0.0
         for step in range(1, settings.steps + 1):
             members = batches.next()
-            embedding_BE = reader.embed(shots.users[members], unit_PH * scale)
+            embedding_BE = reader.embed(shots.users[members], unit_PH * scale, unit_D * size)
             loss = loss_of(embedding_BE, torch.from_numpy(shots.labels[members]).long().to(model.device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_([unit_PH], 1.0)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
             running += float(loss.detach())
@@ -330,16 +343,17 @@ class InstructionTuner:
                 on_step(step, settings.steps)
             if step % settings.eval_steps and step != settings.steps:
                 continue
-            now_PH = (unit_PH.detach() * scale).clone()
-            auc = auc_of(reader, now_PH)
+            now_PH, now_D = unit_PH.detach() * scale, unit_D.detach() * size
+            auc = auc_of(reader, now_PH, now_D)
             history.append((step, running / settings.eval_steps, auc))
             running, since = 0.0, since + 1
             if auc > best:
-                best, best_PH, best_step, since = auc, now_PH, step, 0
+                best, best_PH, best_D, best_step, since = auc, now_PH, now_D, step, 0
             if since == settings.patience:
                 break
         prompt = SoftPrompt(
             vectors=best_PH.cpu().numpy().astype(np.float32),
+            shift=best_D.cpu().numpy().astype(np.float32),
             instruction_id=job.instruction.id,
             text=job.instruction.text,
             model_digest=self._digest,
@@ -356,10 +370,12 @@ class InstructionTuner:
         return model.answer_embeddings([model.answer_ids(text) for text in answers]) if answers else None
 
     @torch.no_grad()
-    def _embed(self, reader: InstructionReader, soft_PH: torch.Tensor | None, shots: Shots) -> torch.Tensor:
+    def _embed(
+        self, reader: InstructionReader, soft_PH: torch.Tensor | None, shift_D: torch.Tensor | None, shots: Shots
+    ) -> torch.Tensor:
         """`[N, E]`."""
         parts = [
-            reader.embed(shots.users[first : first + _EMBED_USERS], soft_PH)
+            reader.embed(shots.users[first : first + _EMBED_USERS], soft_PH, shift_D)
             for first in range(0, len(shots), _EMBED_USERS)
         ]
         return torch.cat(parts)

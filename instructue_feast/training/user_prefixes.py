@@ -6,7 +6,7 @@ once; a step of tuning then costs the soft prompt's own tokens and two tokens of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -119,41 +119,46 @@ class UserPrefixes:
         rows = torch.from_numpy(self.table.rows(history.text_id))
         return UserBatch(history, self.table.soft_tokens[rows].to(self.model.device))
 
-    @torch.no_grad()
-    def focus_tokens(self, text: str) -> torch.Tensor:
-        """`[U, H]` focus token of each user for an instruction."""
+    def focus_tokens(self, vectors: Sequence[torch.Tensor], users: Ints | None = None) -> torch.Tensor:
+        """`[B, H]` focus token of some users for an instruction, with gradients down to its vectors.
+
+        Args:
+            vectors: `[D]` vector of the instruction from each encoder.
+            users: B positions; all users for None.
+        """
         model = self.model
-        suffix = model.suffix(text)
-        queries_EF = model.focus_queries([text])[:, 0]
+        history = self.history if users is None else self.history.take(users)
+        suffix = Suffix(np.zeros(0, np.int64), vectors=tuple(vectors))
+        queries_EF = model.queries([one[None] for one in vectors])[:, 0]
         encoder_of = torch.tensor([model.encoder_index(one) for one in model.config.sources or []])
-        tokens_UH = torch.empty(len(self), model.config.hidden_size, device=model.device)
-        for users in token_budget_batches(self.history.num_tokens, self.history.user_ids, 1 << 16):
-            part = self.history.take(users)
+        tokens_BH = torch.empty(len(history), model.config.hidden_size, device=model.device)
+        for members in token_budget_batches(history.num_tokens, history.user_ids, 1 << 16):
+            part = history.take(members)
             rows = torch.from_numpy(self.table.rows(part.text_id))
             query_TF = queries_EF[encoder_of[torch.from_numpy(part.source_index).long()]]
             similarity_T1 = (self.table.focus_keys[rows].to(model.device) * query_TF).sum(-1, keepdim=True)
             found = model.focus_tokens(self._batch(part), [[suffix]] * len(part), similarity_T1)
-            tokens_UH[torch.from_numpy(users).to(model.device)] = found[:, 0]
-        return tokens_UH
+            tokens_BH = tokens_BH.index_copy(0, torch.from_numpy(members).to(model.device), found[:, 0])
+        return tokens_BH
 
 
 class InstructionReader:
-    """Embeds users under one instruction whose soft prompt changes.
+    """Embeds users under one instruction whose soft prompt and shift change.
 
     Args:
         prefixes: The users.
-        suffix: The instruction, without soft prompt.
+        suffix: The instruction, without either.
         num_tokens: P.
-        focus_UH: `prefixes.focus_tokens` of the instruction.
 
     Raises:
         ConfigError: Instruction and soft prompt together are longer than `config.instruction_tokens`.
     """
 
-    def __init__(self, prefixes: UserPrefixes, suffix: Suffix, num_tokens: int, focus_UH: torch.Tensor) -> None:
+    def __init__(self, prefixes: UserPrefixes, suffix: Suffix, num_tokens: int) -> None:
         self.prefixes = prefixes
-        self.focus_UH = focus_UH
+        self.vectors = tuple(one.to(prefixes.model.device) for one in suffix.vectors)
         self.num_tokens = num_tokens
+        self._focus_UH: torch.Tensor | None = None
         model = prefixes.model
         start, words = model.config.instruction_tokens, len(suffix.token_ids)
         if words + num_tokens > start:
@@ -174,14 +179,16 @@ class InstructionReader:
                 ).past_key_values
             self._words = tuple((layer.keys, layer.values) for layer in past.layers)
 
-    def embed(self, users: Ints, soft_PH: torch.Tensor | None) -> torch.Tensor:
-        """`[B, E]` embeddings of some users, with gradients down to the soft prompt.
+    def embed(self, users: Ints, soft_PH: torch.Tensor | None, shift_D: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, E]` embeddings of some users, with gradients down to soft prompt and shift.
 
-        Equal to `InstructUEModel.forward` with that soft prompt, at two tokens a user.
+        Equal to `InstructUEModel.forward` with both, at two tokens a user, and the texts of a user once more for a
+        shift.
 
         Args:
             users: B positions.
             soft_PH: The soft prompt; none when the reader was made for no tokens.
+            shift_D: What is added to the instruction's encoder vectors; none for nothing.
         """
         prefixes, model = self.prefixes, self.prefixes.model
         own = self._instruction(soft_PH)
@@ -202,7 +209,7 @@ class InstructionReader:
         seen_B2S = torch.nn.functional.pad(prefix_BS, (shared, 0), value=True)[:, None].expand(-1, 2, -1)
         user_B1H = model.prompt.user.expand(len(users), 1, -1)
         hidden_B2H = model.backbone(
-            inputs_embeds=torch.cat([self.focus_UH[rows][:, None], user_B1H], dim=1).to(model.llm_dtype),
+            inputs_embeds=torch.cat([self._focus(users, shift_D)[:, None], user_B1H], dim=1).to(model.llm_dtype),
             attention_mask=additive(torch.cat([seen_B2S, tail_BT], dim=-1), model.llm_dtype),
             position_ids=model.config.instruction_tokens
             + length_B[:, None]
@@ -212,6 +219,16 @@ class InstructionReader:
         ).last_hidden_state
         embeddings: torch.Tensor = model.projection(model.user_centre(hidden_B2H[:, 1]))
         return embeddings
+
+    def _focus(self, users: Ints, shift_D: torch.Tensor | None) -> torch.Tensor:
+        """`[B, H]` focus tokens; those of the words alone are the same in every step."""
+        if shift_D is None:
+            if self._focus_UH is None:
+                with torch.no_grad():
+                    self._focus_UH = self.prefixes.focus_tokens(self.vectors)
+            return self._focus_UH[torch.from_numpy(users).to(self._focus_UH.device)]
+        parts = torch.split(shift_D, [len(one) for one in self.vectors])
+        return self.prefixes.focus_tokens([one + part for one, part in zip(self.vectors, parts, strict=True)], users)
 
     def _instruction(self, soft_PH: torch.Tensor | None) -> Layers:
         """Keys and values `[1, heads, I, size]` of the instruction; those of its words are the same in every step."""

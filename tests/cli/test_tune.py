@@ -167,7 +167,7 @@ def test_a_suite_is_tuned_on_the_quarter_before_its_cut(tmp_path, llm, encoder, 
     assert "both figures are optimistic" in note
     prompts = load_soft_prompts(out, tasks, load_model(config))
     assert set(prompts) == {task.name for task in tasks}
-    assert all(len(prompts[name]) == 0 for name in found["without_labels"])
+    assert all(prompts[name].is_plain for name in found["without_labels"])
     suite = ["--suite", "complete-journey", "--out", str(out)]
     late = [*suite, "--as-of", "2017-08-01T00:00:00Z"]
     assert tune(tmp_path, *late) == 2

@@ -9,12 +9,12 @@ from instructue_feast.errors import DataError, LeakageError, VersionMismatchErro
 from instructue_feast.evaluation.ours import TaskEncoder, derangement, encode_texts, load_soft_prompts
 from instructue_feast.evaluation.suite import check_leakage
 from instructue_feast.evaluation.tasks import Task
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
-from instructue_feast.inference.soft_prompts import model_digest, save_soft_prompt
+from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.inference.soft_prompts import save_soft_prompt
 from instructue_feast.inference.soft_tokens import SoftTokenTable
 from instructue_feast.instructions import Instruction
-from instructue_feast.soft_prompt_file import SoftPrompt
 from tests.evaluation.small import AS_OF, small_book, small_history
+from tests.model_data import make_soft_prompt
 
 
 def task(name, *, family="marketing", subject=None, instruction=None, paraphrase="", answers=()):
@@ -48,10 +48,10 @@ def direct(model, history, *instructions):
 
 def test_every_row_is_what_the_embedder_says_about_its_own_instruction(model, encoded):
     history = small_history(12)
-    prompt = torch.full((2, model.config.hidden_size), 0.05)
+    prompt = make_soft_prompt(model, tokens=2, size=0.05)
     found = encoded.embed(history, TASKS, soft_prompts={"apps": prompt})
     rows = found.rows(derangement(TASKS))
-    tuned = Instruction("tuned", TASKS[1].instruction, soft_prompt=soft_prompt_digest(prompt))
+    tuned = Instruction("tuned", TASKS[1].instruction, soft_prompt=prompt.digest)
     expected = {
         ("ours", 0): (Instruction("a", TASKS[0].instruction), None),
         ("ours_paraphrased", 0): (Instruction("b", TASKS[0].paraphrase), None),
@@ -99,7 +99,7 @@ def test_the_zero_shot_score_is_a_difference_of_cosines(model, encoded):
 
 
 def test_the_few_shot_score_is_the_same_under_the_tuned_instruction(model, encoded):
-    prompt = torch.full((2, model.config.hidden_size), 0.05)
+    prompt = make_soft_prompt(model, tokens=2, size=0.05)
     found = encoded.embed(small_history(8), TASKS, soft_prompts={"apps": prompt})
     answers = [model.answer_embeddings([model.answer_ids(text)])[0].detach().numpy() for text in TASKS[1].answers]
     cosine = found.vector_UKE[:, found.few_shot[1]] @ np.array(answers).T
@@ -135,22 +135,18 @@ def test_shared_texts_are_encoded_once(model):
     np.testing.assert_allclose(vectors[doubled.rows(book.text_ids)], encoder.encode(book.texts), atol=1e-6)
 
 
-def tune(folder, model, one, *, words=None, value=1.0):
+def tune(folder, model, one, *, words=None):
     """What `instructue tune-instruction` leaves for a task."""
-    vectors = np.full((3, model.config.hidden_size), value, np.float32)
-    prompt = SoftPrompt(
-        vectors=vectors, instruction_id=one.name, text=words or one.instruction, model_digest=model_digest(model),
-        labels={"shots": 4, "positive": 2}, metrics={},
-    )  # fmt: skip
+    prompt = make_soft_prompt(model, instruction_id=one.name, text=words or one.instruction)
     save_soft_prompt(prompt, folder / f"{one.name}.safetensors")
+    return prompt
 
 
 def test_soft_prompts_are_read_by_task_name(model, tmp_path):
-    tune(tmp_path, model, TASKS[0])
+    prompt = tune(tmp_path, model, TASKS[0])
     tune(tmp_path, model, task("unrelated"))
     found = load_soft_prompts(tmp_path, TASKS, model)
-    assert list(found) == ["tea"]
-    assert torch.equal(found["tea"], torch.ones(3, model.config.hidden_size))
+    assert {name: one.digest for name, one in found.items()} == {"tea": prompt.digest}
 
 
 def test_a_folder_without_soft_prompts_of_the_tasks_is_refused_only_when_they_are_required(model, tmp_path):

@@ -16,6 +16,7 @@ from instructue_feast.evaluation.report import markdown
 from instructue_feast.evaluation.suite import FEW_SHOT, ROWS, SuiteOptions, run_journey_suite
 from instructue_feast.evaluation.tasks import Task
 from tests.evaluation.small import random_journey, small_book, small_config, small_history
+from tests.model_data import make_soft_prompt
 
 TASKS = ("inactive_14d", "buys_vitamins")
 
@@ -80,6 +81,13 @@ def test_the_document_is_what_its_readers_rely_on(document, tmp_path):
     assert "never trained on (1)" in text
     assert "100% added" in text
     assert "of 3 users, under 2 instructions in turn" in text
+    assert "Few labels" not in text, "no soft prompts, no few-shot row"
+    value = {"difference": 0.03, "difference_low": 0.02, "difference_high": 0.04}
+    few = {"mean": {"ours": 0.7, "ours_fewshot": 0.73}, "difference": value}
+    few_labels = {"tasks": 2, "draws": 5, "by_labels_of_each_class": {"16": few}}
+    text = markdown({**document, "few_labels": few_labels})
+    assert "| labels of each class | `ours` | `ours_fewshot` | difference |" in text
+    assert "| 16 | 0.700 | 0.730 | +0.030 [+0.020, +0.040] |" in text
     names = [file.name for file in write_plots(document, tmp_path / "cj")]
     assert names == ["cj-means.png", "cj-tasks.png", "cj-instructions.png", "cj-noise.png"]
     assert all((tmp_path / name).stat().st_size > 5_000 for name in names)
@@ -97,6 +105,23 @@ def test_only_the_rows_asked_for_are_computed(inputs):
     text = markdown(found)
     assert "Attributions" not in text
     assert not [mark for mark in ("never trained on", "†") if mark in text], "the one task was trained on"
+
+
+def test_soft_prompts_give_a_few_shot_row_and_a_curve_by_number_of_labels(inputs, monkeypatch):
+    config, journey, model, history, book = inputs
+    monkeypatch.setattr("instructue_feast.evaluation.few_labels.COUNTS", (8,))
+    prompt = make_soft_prompt(model)
+    soft_prompts = dict.fromkeys(("high_spend", "inactive_14d"), prompt)
+    options = SuiteOptions(
+        rows=("ours", "ours_fewshot"), tasks=("high_spend", "inactive_14d"), noise=(), explain_users=0,
+        soft_prompts=soft_prompts,
+    )  # fmt: skip
+    result = run_journey_suite(config, journey, model, history, book, options)
+    found = suite_document(result, model, options, suite="complete-journey", data="")
+    assert set(found["mean"]) == {"ours", "ours_fewshot"}
+    (few,) = found["few_labels"]["by_labels_of_each_class"].values()
+    assert set(few["mean"]) == {"ours", "ours_fewshot"}
+    assert found["few_labels"]["tasks"] >= 1
 
 
 def test_attributions_are_those_of_our_model(inputs):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingError, VersionMismatchError
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
-from tests.model_data import INSTRUCTIONS, make_history, make_model, make_table
+from tests.model_data import INSTRUCTIONS, make_history, make_model, make_soft_prompt, make_table
 
 SIZES = [(5, 3, 1), (0, 0, 0), (30, 10, 2), (0, 2, 0), (1, 0, 0), (12, 0, 1)]
 HISTORY = make_history(SIZES)
@@ -118,17 +118,38 @@ def test_the_focus_looks_at_what_matches_the_instruction(embedder):
 
 
 def test_a_soft_prompt_changes_the_embedding_and_is_checked(embedder):
-    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 0.05
-    tuned = Instruction("churn", CHURN.text, soft_prompt=soft_prompt_digest(vectors))
-    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: vectors})
+    prompt = make_soft_prompt(embedder.model, size=0.05, shift=0.0)
+    tuned = Instruction("churn", CHURN.text, soft_prompt=prompt.digest)
+    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: prompt})
     both = own.encode(HISTORY, [CHURN, tuned])
     assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-4
     np.testing.assert_allclose(both[:, 0], embedder.encode(HISTORY, [CHURN])[:, 0], atol=1e-5)
     with pytest.raises(ConfigError, match="was not given"):
         embedder.encode(HISTORY, [tuned])
-    other = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: vectors + 1})
+    changed = make_soft_prompt(embedder.model, size=0.05, shift=0.1)
+    other = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: changed})
     with pytest.raises(VersionMismatchError, match="soft prompt"):
         other.encode(HISTORY, [tuned])
+
+
+def test_a_shift_changes_what_the_focus_finds_and_only_for_its_own_instruction(embedder):
+    prompt = make_soft_prompt(embedder.model, tokens=0, shift=1.0)
+    tuned = Instruction("churn", CHURN.text, soft_prompt=prompt.digest)
+    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: prompt})
+    weights = own.focus_weights(HISTORY, [CHURN, tuned])
+    assert np.abs(weights[:, 0] - weights[:, 1]).max() > 1e-2
+    both = own.encode(HISTORY, [tuned, CHURN])
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3
+    np.testing.assert_allclose(both[:, 1], embedder.encode(HISTORY, [CHURN])[:, 0], atol=1e-5)
+
+
+def test_a_shift_of_another_size_is_refused(embedder):
+    prompt = make_soft_prompt(embedder.model)
+    prompt = dataclasses.replace(prompt, shift=prompt.shift[:-1])
+    tuned = Instruction("churn", CHURN.text, soft_prompt=prompt.digest)
+    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: prompt})
+    with pytest.raises(ConfigError, match=r"shift of shape \[\d+\], the encoders want"):
+        own.encode(HISTORY, [tuned])
 
 
 def test_an_unknown_text_is_refused(embedder):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import spearmanr
 
 from instructue_feast.errors import ConfigError, DataError
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.inference.explain import METHODS, explain, without_each_text, without_texts
 from instructue_feast.instructions import Instruction
-from tests.model_data import INSTRUCTIONS, make_history, make_model, make_table
+from tests.model_data import INSTRUCTIONS, make_history, make_model, make_soft_prompt, make_table
 
 HISTORY = make_history([(9, 3, 1), (0, 0, 0), (20, 6, 2), (0, 2, 0), (1, 0, 0), (12, 0, 1)])
 CHURN, TASTE = INSTRUCTIONS[1:3]
@@ -101,9 +100,9 @@ def test_instructions_look_at_different_texts(embedder):
 
 
 def test_a_tuned_instruction_is_explained_like_any_other(embedder):
-    soft = torch.randn(3, embedder.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    tuned = Instruction("tuned", CHURN.text, soft_prompt=soft_prompt_digest(soft))
-    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: soft})
+    prompt = make_soft_prompt(embedder.model, size=1.0)
+    tuned = Instruction("tuned", CHURN.text, soft_prompt=prompt.digest)
+    own = UserEmbedder(embedder.model, embedder.table, soft_prompts={tuned.content_hash: prompt})
     (found,) = explain(own, HISTORY.take([2]), tuned)
     (plain,) = explain(own, HISTORY.take([2]), CHURN)
     assert np.isfinite(found.scores).all()

@@ -12,13 +12,13 @@ from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import DataError, VersionMismatchError
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.from_run import check_run_model, open_embedder
-from instructue_feast.inference.soft_prompts import model_digest, save_soft_prompt
+from instructue_feast.inference.soft_prompts import save_soft_prompt
 from instructue_feast.model.factory import load_model
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
-from instructue_feast.soft_prompt_file import SoftPrompt
 from instructue_spark.backfill import BackfillRequest, run_backfill
 from instructue_spark.report import Reporter
+from tests.model_data import make_soft_prompt
 from tests.projects import AS_OF, load, make_project
 
 pytestmark = pytest.mark.spark
@@ -37,9 +37,8 @@ def vectors(config: InstructueConfig, run_id: str, name: str) -> np.ndarray:
 def tune(folder: Path, config: InstructueConfig, **changes) -> InstructueConfig:
     """Writes a soft prompt for `churn` and names it in the config."""
     model = load_model(config)
-    values = np.random.default_rng(0).normal(size=(3, model.config.hidden_size)).astype(np.float32)
-    header = {"instruction_id": "churn", "text": "Will this shopper leave soon", "model_digest": model_digest(model)}
-    prompt = SoftPrompt(vectors=values, labels={"shots": 20}, metrics={}, **(header | changes))
+    header = {"instruction_id": "churn", "text": "Will this shopper leave soon"}
+    prompt = make_soft_prompt(model, size=1.0, **(header | changes))
     save_soft_prompt(prompt, folder / "tuned" / "churn.safetensors")
     file = folder / "instructue.yaml"
     text = file.read_text().replace("leave soon}", "leave soon, soft_prompt: tuned/churn.safetensors}")

@@ -11,20 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 
 from instructue_feast.errors import ConfigError, DataError, VersionMismatchError
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.inference.soft_prompts import (
     load_run_soft_prompts,
     model_digest,
     require_model,
     save_run_soft_prompts,
     save_soft_prompt,
-    vectors_of,
 )
 from instructue_feast.instructions import Instruction
-from instructue_feast.soft_prompt_file import read_soft_prompt, vectors_digest
+from instructue_feast.soft_prompt_file import read_soft_prompt
 from instructue_feast.training.instruction_tuning import (
     InstructionTuner,
     TuningJob,
@@ -37,8 +37,8 @@ from instructue_feast.training.instruction_tuning import (
     shared_users,
     untuned_prompt,
 )
-from instructue_feast.training.user_prefixes import UserPrefixes
-from tests.model_data import make_model, make_table
+from instructue_feast.training.user_prefixes import InstructionReader, UserPrefixes
+from tests.model_data import make_model, make_soft_prompt, make_table
 from tests.training.data import make_histories
 
 WORDS = Instruction("things", "What does the user like?")
@@ -74,7 +74,7 @@ def test_tuning_lowers_the_loss_and_moves_nothing_but_the_soft_prompt(world):
     before = model.weights_digest()
     found = tuned_in(world, patience=100, shots_per_step=60)  # all that are not held: every step has the same loss
     losses = [loss for _, loss, _ in found.history[1:]]
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.05
     assert model.weights_digest() == before
     assert found.prompt.model_digest == model_digest(model)
     assert found.prompt.labels == {"shots": 80, "positive": 40, "held": 20}
@@ -91,7 +91,7 @@ def test_words_that_tuning_cannot_better_stay_as_they_are(world):
     model, table, history, _ = world
     prompt = untuned_prompt(WORDS, model)
     tuned = dataclasses.replace(WORDS, soft_prompt=prompt.digest)
-    embedder = UserEmbedder(model, table, soft_prompts=vectors_of({tuned.content_hash: prompt}))
+    embedder = UserEmbedder(model, table, soft_prompts={tuned.content_hash: prompt})
     np.testing.assert_array_equal(embedder.encode(history, [tuned]), embedder.encode(history, [WORDS]))
 
 
@@ -108,18 +108,19 @@ def test_a_saved_soft_prompt_is_served_as_it_was_tuned(world, tmp_path):
     save_soft_prompt(found, tmp_path / "things.safetensors")
     back = read_soft_prompt(str(tmp_path / "things.safetensors"))
     np.testing.assert_array_equal(back.vectors, found.vectors)
-    assert dataclasses.replace(back, vectors=found.vectors) == found
-    assert back.digest == soft_prompt_digest(torch.from_numpy(found.vectors))
+    np.testing.assert_array_equal(back.shift, found.shift)
+    assert dataclasses.replace(back, vectors=found.vectors, shift=found.shift) == found
+    assert back.digest == found.digest
     require_model(back, model)
     tuned = dataclasses.replace(WORDS, soft_prompt=back.digest)
     save_run_soft_prompts({tuned.content_hash: back}, tmp_path)
     served = UserEmbedder(model, table, soft_prompts=load_run_soft_prompts(tmp_path)).encode(history, [tuned])
-    suffix = model.suffix(WORDS.text, soft_prompt=torch.from_numpy(found.vectors))
-    embedder = UserEmbedder(model, table)
-    batch, similarity = embedder._gather(history, embedder._prepare([WORDS]))
+    prefixes = UserPrefixes(model, table, history)
+    reader = InstructionReader(prefixes, model.suffix(WORDS.text), len(found.vectors))
+    users, arrays = np.arange(len(history)), (torch.from_numpy(found.vectors), torch.from_numpy(found.shift))
     with torch.inference_mode():
-        direct = model(batch, [[suffix]] * len(history), similarity).embeddings
-    np.testing.assert_allclose(served, direct, atol=1e-5)
+        direct = reader.embed(users, *arrays)
+    np.testing.assert_allclose(served[:, 0], direct, atol=1e-5)
 
 
 def test_a_soft_prompt_of_another_model_is_refused(world, llm, encoder):
@@ -242,6 +243,18 @@ def test_settings_that_cannot_work_are_refused(wrong):
         TuningSettings(**wrong)
 
 
-def test_both_digests_of_vectors_agree():
-    vectors = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
-    assert vectors_digest(vectors) == soft_prompt_digest(torch.from_numpy(vectors))
+def test_every_number_counts_in_the_digest(world):
+    prompt = make_soft_prompt(world[0])
+    other = make_soft_prompt(world[0], shift=0.2)
+    assert len({prompt.digest, other.digest, dataclasses.replace(prompt, vectors=prompt.vectors[:2]).digest}) == 3
+    assert not prompt.is_plain
+    assert untuned_prompt(WORDS, world[0]).is_plain
+
+
+def test_a_file_of_an_older_format_says_so(world, tmp_path):
+    file = tmp_path / "old.safetensors"
+    header = json.dumps({"format": "soft-prompt-1"})
+    save_file({"soft_prompt": torch.zeros(2, 8)}, file, metadata={"soft_prompt": header})
+    with pytest.raises(DataError, match="format 'soft-prompt-1', this release reads 'soft-prompt-2'") as error:
+        read_soft_prompt(str(file))
+    assert "tune it again" in error.value.hint

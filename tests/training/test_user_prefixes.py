@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from instructue_feast.errors import ConfigError
-from instructue_feast.inference.embedder import UserEmbedder, soft_prompt_digest
+from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
 from instructue_feast.training.user_prefixes import InstructionReader, UserPrefixes
-from tests.model_data import make_history, make_model, make_table
+from tests.model_data import make_history, make_model, make_soft_prompt, make_table
 
 SIZES = [(5, 3, 1), (0, 0, 0), (30, 10, 2), (0, 2, 0), (1, 0, 0), (12, 0, 1)]
 HISTORY = make_history(SIZES)
 TEXTS = ("Will the user stop coming?", "")
+WORDS = Instruction("plain", TEXTS[0])
 
 
 def soft_prompt(model, tokens=3, seed=0):
@@ -24,7 +25,7 @@ def soft_prompt(model, tokens=3, seed=0):
 
 def reader_of(model, encoder, text, tokens, **changes):
     prefixes = UserPrefixes(model, make_table(model, encoder), HISTORY, **changes)
-    return InstructionReader(prefixes, model.suffix(text), tokens, prefixes.focus_tokens(text))
+    return InstructionReader(prefixes, model.suffix(text), tokens)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -33,10 +34,11 @@ def test_kept_prefixes_give_what_the_model_gives(llm, encoder, text, settings):
     model = make_model(llm, encoder, **settings)
     model.user_centre.mean.normal_(generator=torch.Generator().manual_seed(3))  # as in a trained model
     model.user_centre.rms.fill_(1.7)
-    soft = soft_prompt(model)
-    tuned = Instruction("tuned", text, soft_prompt=soft_prompt_digest(soft))
-    embedder = UserEmbedder(model, make_table(model, encoder), soft_prompts={tuned.content_hash: soft})
-    with_prompt = reader_of(model, encoder, text, 3).embed(np.arange(len(SIZES)), soft)
+    prompt = make_soft_prompt(model, shift=0.3)
+    tuned = Instruction("tuned", text, soft_prompt=prompt.digest)
+    embedder = UserEmbedder(model, make_table(model, encoder), soft_prompts={tuned.content_hash: prompt})
+    soft, shift = torch.from_numpy(prompt.vectors), torch.from_numpy(prompt.shift)
+    with_prompt = reader_of(model, encoder, text, 3).embed(np.arange(len(SIZES)), soft, shift)
     without = reader_of(model, encoder, text, 0).embed(np.arange(len(SIZES)), None)
     np.testing.assert_allclose(with_prompt.detach(), embedder.encode(HISTORY, [tuned])[:, 0], atol=1e-5)
     np.testing.assert_allclose(without, embedder.encode(HISTORY, [Instruction("plain", text)])[:, 0], atol=1e-5)
@@ -55,6 +57,23 @@ def test_the_gradient_of_the_soft_prompt_is_that_of_the_full_pass(llm, encoder):
     suffix = model.suffix(TEXTS[0], soft_prompt=slow)
     (model(batch, [[suffix]] * len(SIZES), similarity.clone()).embeddings @ direction).sum().backward()
     assert fast.grad.abs().max() > 1e-3
+    torch.testing.assert_close(fast.grad, slow.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_of_the_shift_is_that_of_the_full_pass(llm, encoder):
+    model = make_model(llm, encoder)
+    table = make_table(model, encoder)
+    direction = torch.randn(model.config.embedding_dim, generator=torch.Generator().manual_seed(1))
+    start = torch.from_numpy(make_soft_prompt(model, shift=0.3).shift)
+    fast, slow = (start.clone().requires_grad_() for _ in range(2))
+    (reader_of(model, encoder, TEXTS[0], 0).embed(np.arange(len(SIZES)), None, fast) @ direction).sum().backward()
+    batch, _ = UserEmbedder(model, table)._gather(HISTORY, UserEmbedder(model, table)._prepare([WORDS]))
+    vectors = (model.instruction_vectors([TEXTS[0]])[0][0] + slow,)
+    keys = table.focus_keys[torch.from_numpy(table.rows(HISTORY.text_id))]
+    similarity = keys @ model.queries([vectors[0][None]])[0].T
+    suffix = model.suffix(TEXTS[0], vectors=vectors)
+    (model(batch, [[suffix]] * len(SIZES), similarity).embeddings @ direction).sum().backward()
+    assert fast.grad.abs().max() > 1e-4
     torch.testing.assert_close(fast.grad, slow.grad, atol=1e-5, rtol=1e-4)
 
 
