@@ -1,0 +1,50 @@
+"""The adapter, texts in prompts, the next-token loss and a training step on a CPU, beside plain torch.
+
+python kernels/benchmarks/adapter_cpu.py            # a few minutes; appends to results/adapter_cpu.csv
+python kernels/benchmarks/adapter_cpu.py --smoke    # the same code at tiny sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import adapter_bench
+import next_token_bench
+import step_bench
+import torch
+from kernel_bench import RESULTS, Row, append_csv, show
+
+ROWS = (2048, 8192, 32768)
+
+
+def run() -> list[Row]:
+    """Sizes of a batch in training (2,048 and 8,192 distinct texts) and of a phrasebook."""
+    found: list[Row] = []
+    for number in ROWS:
+        given = adapter_bench.make(number, adapter_bench.SIZES, "cpu", torch.float32)
+        found += adapter_bench.measure_adapter(given, 20, repeats=9, peers=("eager", "grouped_mm"))
+    for users in (32, 128):
+        found += adapter_bench.measure_texts(users, 200, adapter_bench.SIZES[2], "cpu", 20, repeats=9)
+    for dtype in (torch.float32, torch.bfloat16):
+        found += next_token_bench.measure(512, next_token_bench.VOCABULARY, 576, dtype, 20, repeats=5)
+    return found + step_bench.measure(step_bench.CUT, 60, repeats=5)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and appends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does the code run?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    options = parser.parse_args(arguments)
+    parts = (adapter_bench, next_token_bench, step_bench)
+    rows = [one for part in parts for one in part.run(10, smoke=True)] if options.smoke else run()
+    append_csv(options.out / "adapter_cpu.csv", rows)
+    show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
