@@ -16,6 +16,7 @@ from instructue_feast.cli import (
     demo,
     doctor,
     embed,
+    erase,
     explain,
     extract,
     get,
@@ -54,6 +55,7 @@ app.add_typer(runs.app, name="runs")
 app.command()(materialize.materialize)
 app.command()(get.get)
 app.command()(embed.embed)
+app.command()(erase.erase)
 app.command()(explain.explain)
 app.command()(demo.demo)
 

@@ -388,7 +388,7 @@ def _link(store: OutputStore, source: str, target: str) -> None:
 
 def move_pointer(store: OutputStore, before: Publication | None, document: dict[str, Any]) -> None:
     """Compares and swaps: raises `PublishConflictError` if the pointer no longer names `before`."""
-    with _pointer_lock(store):
+    with pointer_lock(store):
         latest = current_publication(store)
         if (latest and latest.id) != (before and before.id):
             raise _conflict(latest, "another publisher was faster")
@@ -404,7 +404,7 @@ def _discard(store: OutputStore, publication_id: str) -> None:
 
 
 @contextmanager
-def _pointer_lock(store: OutputStore) -> Iterator[None]:
+def pointer_lock(store: OutputStore) -> Iterator[None]:
     """Holds the lock under which the pointer is compared and moved.
 
     Locally an advisory lock on `published.lock`: the kernel drops it when its holder dies, so it is never stale. On an

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,3 +56,28 @@ def test_embed_answers_any_instruction(shop, capsys):
     code, shown = run(capsys, "embed", user, "--instruction", "Does this user ski?", "--repo", shop)
     assert code == 0
     assert "prompt tokens" in shown.out
+
+
+def test_erase_says_where_and_proves_it(shop, capsys, tmp_path):
+    repo = tmp_path / "repo"
+    shutil.copytree(shop, repo)
+    user, other = HISTORY.user_ids[:2]
+    listed = tmp_path / "users.txt"
+    listed.write_text(f"{user}\n\n")
+    code, shown = run(capsys, "erase", "--users-file", listed, "--repo", repo)
+    assert code == 0, shown.err
+    assert "packed" not in shown.err
+    assert user not in shown.out + shown.err
+    assert "Found 0." in " ".join(shown.out.split())
+    code, shown = run(capsys, "erase", "--user", user, "--repo", repo, "--json")
+    assert code == 0
+    assert json.loads(shown.out)["absent"] is True
+    _, shown = run(capsys, "get", user, other, "--repo", repo, "--json")
+    assert [one["found"]["churn"] for one in json.loads(shown.out)] == [False, True]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--sweep", "--user", "u"], ["--users-file", "nowhere.txt"]])
+def test_erase_refuses_an_unclear_question(shop, capsys, arguments):
+    code, shown = run(capsys, "erase", *arguments, "--repo", shop)
+    assert code == 2
+    assert "Hint" in shown.err

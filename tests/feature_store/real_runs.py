@@ -31,7 +31,7 @@ def write_real_run(
     *,
     run_id: str = "night-1",
     as_of: datetime = AS_OF,
-    model_version: str = "model" + "0" * 59,
+    model_version: str = "ab" * 32,
 ) -> np.ndarray:
     """Writes extract and run in two buckets; returns the embeddings `[U, K, D]`."""
     vectors = embedder.encode(history, instructions)
