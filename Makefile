@@ -8,7 +8,7 @@ HOUSEHOLDS ?= 500
 DEMO_DIR ?= build/demo
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup java models demo test lint types imports check bench kernels-compile docs constraints clean
+.PHONY: help setup java models demo test lint types imports check bench bench-gpu kernels-compile docs constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ check: lint types imports  ## Style, types and import rules
 
 bench: setup  ## Run the benchmarks; appends to benchmarks/results/*.csv
 	@for script in $$(ls benchmarks/*.py | grep -v common.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-gpu: $(VENV)/.installed  ## Measure the kernels on a GPU, under 10 minutes; appends to kernels/benchmarks/results
+	@$(BIN)/python kernels/benchmarks/gpu.py --seconds 540
 
 TRITON ?=
 KERNELS_PYTHONPATH = $(if $(TRITON),build/triton-$(TRITON))

@@ -197,10 +197,13 @@ def cases(ops: Iterable[str] = OPS) -> list[Case]:
     return [case for op in ops for case in importlib.import_module(f"{op}_cases").cases()]
 
 
-def as_text(rows: Sequence[Compiled]) -> str:
+def as_text(rows: Sequence[Compiled], *, head: bool = True) -> str:
     """The table in Markdown."""
     names = [one.name for one in fields(Compiled) if one.name != "triton"]
-    lines = [names, ["---"] * len(names), *[[str(getattr(row, name)) for name in names] for row in rows]]
+    lines = [
+        *([names, ["---"] * len(names)] if head else []),
+        *[[str(getattr(row, name)) for name in names] for row in rows],
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -212,9 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the table to results/")
     options = parser.parse_args(arguments)
     chosen = [one for one in cases(options.op or OPS) if options.capability in (None, one.capability)]
-    rows = [compile_case(one) for one in chosen]
-    print(f"Triton {triton.__version__}, {len(rows)} kernels")
-    print(as_text(rows))
+    print(f"Triton {triton.__version__}, {len(chosen)} kernels", flush=True)
+    rows = []
+    for one in chosen:
+        rows.append(compile_case(one))
+        print(as_text(rows[-1:], head=len(rows) == 1), flush=True)
     if options.write:
         name = f"compile_triton_{triton.__version__}"
         with (RESULTS / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:

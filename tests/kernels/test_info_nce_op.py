@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from info_nce_oracle import oracle
 
 from instructue_kernels.info_nce import explain_choice, info_nce, info_nce_stats
-from instructue_kernels.info_nce.chunked import contrast
+from instructue_kernels.info_nce.chunked import contrast, contrast_once
 from instructue_kernels.info_nce.directions import Pairs, directions
 from instructue_kernels.info_nce.reference import contrast_reference
 
-SCALES = [1.0, 1 / 0.07, 100.0]
+SCALES = [1.0, 1 / 0.07, 100.0, 150.0]
 
 
 @st.composite
@@ -34,6 +34,8 @@ def batches(draw):
         query[draw(st.integers(0, n - 1))] = query[0].clone()
     integers = lambda rows, top: torch.randint(0, top, (rows,), generator=generator)  # noqa: E731
     found = {"positives": integers(n, m)}
+    if draw(st.booleans()):  # several positives, some queries with fewer, some with one twice
+        found["positives"] = torch.stack([integers(n, m), integers(n, m + 1) - 1, integers(n, m + 1) - 1], dim=1)
     if n <= m and draw(st.booleans()):
         del found["positives"]
     if draw(st.booleans()):
@@ -85,35 +87,49 @@ def test_the_reference_is_the_definition_spelled_out(batch):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(batches(), st.sampled_from([0, 1, 2, 5]))
-def test_chunks_are_the_reference_in_value_and_gradient(batch, chunk_rows):
+@given(batches(), st.sampled_from([0, 1, 2, 5]), st.booleans())
+def test_chunks_are_the_reference_in_value_and_gradient(batch, chunk_rows, merge):
+    """In two passes, which one direction alone can do too, and in one pass where that is possible."""
+
     def chunked(query, key, log_scale, *, impl, weight=None, margin=None, **options):
-        assert impl == "chunked"
+        assert impl in ("two passes", "one pass")
         pairs = as_pairs(query, key, **options)
         switches = {name: options[name] for name in ("include_query_query", "symmetric")}
         switches["unique_keys"] = options.get("unique_keys", False)
-        found = directions(pairs, **switches, group=None)
-        losses = [contrast(*arguments(one, log_scale), margin, chunk_rows) for one in found]
+        found = directions(pairs, **switches, group=None, merge=merge)
         weight = torch.ones(len(query), dtype=torch.float64) if weight is None else weight
-        return (torch.stack(losses).mean(0) * weight).sum() / weight.sum().clamp(min=1)
+        weight = weight / (weight.sum().clamp(min=1) * (1 + options["symmetric"]))
+        total = 0
+        for one in found:
+            own = weight if one.share_N is None else weight.repeat_interleave(one.several) * one.share_N
+            tensors = arguments(one, log_scale)
+            if impl == "one pass" and not one.both:
+                needs = [x is not None and x.requires_grad for x in tensors[:4]]
+                total = total + contrast_once(own, needs, *tensors[:-1], margin, chunk_rows)[0]
+            else:
+                total = total + (contrast(*tensors, margin, chunk_rows)[0] * own).sum()
+        return total
 
     expected, expected_grads = gradients(batch, "reference")
-    actual, actual_grads = gradients(batch, "chunked", chunked)
-    torch.testing.assert_close(actual, expected)
-    for ours, theirs in zip(actual_grads, expected_grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for impl in ("two passes", "one pass"):
+        actual, actual_grads = gradients(batch, impl, chunked)
+        torch.testing.assert_close(actual, expected)
+        for ours, theirs in zip(actual_grads, expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def as_pairs(query, key, **options):
     positives = options.get("positives")
-    positives = torch.arange(len(query)) if positives is None else positives
+    in_order = positives is None
+    positives = torch.arange(len(query)) if in_order else positives
+    positives = positives[:, None] if positives.dim() == 1 else positives
     names = ("hard_negatives", "query_ids", "key_ids", "query_group", "key_group")
-    return Pairs(query, key, positives, *[options.get(name) for name in names])
+    return Pairs(query, key, positives, *[options.get(name) for name in names], in_order)
 
 
 def arguments(one, log_scale):
-    tensors = (one.anchor_ND, one.candidate_KD, log_scale, one.hard_NRD, one.positive_N)
-    return (*tensors, one.anchor_labels_3N, one.candidate_labels_3K)
+    tensors = (one.anchor_ND, one.candidate_KD, log_scale, one.hard_NRD, one.positive_NP)
+    return (*tensors, one.anchor_labels_LN, one.candidate_labels_LK, one.compared, one.both)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -293,7 +309,7 @@ def test_chunks_keep_only_the_inputs_for_the_backward_and_no_similarity_matrix()
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one.numel()) or one, lambda one: one):
         info_nce(query, key, torch.tensor(1.0, requires_grad=True), symmetric=False, impl="chunked")
     assert max(saved) <= n * 4
-    assert sum(saved) <= 2 * n * 4 + 10 * n
+    assert sum(saved) <= 2 * n * 4 + 12 * n
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -320,10 +336,10 @@ def test_no_buffer_of_the_chunked_path_grows_with_queries_times_keys():
         group=None,
     )
     with _Largest() as seen:
-        contrast(*arguments(one, torch.tensor(1.0)), 0.1, rows).sum().backward()
+        contrast(*arguments(one, torch.tensor(1.0)), 0.1, rows)[0].sum().backward()
     assert seen.largest <= max(rows * m, hard.numel())
     with _Largest() as seen:
-        contrast_reference(*arguments(one, torch.tensor(1.0)), 0.1)
+        contrast_reference(*arguments(one, torch.tensor(1.0))[:-2], 0.1)
     assert seen.largest >= n * m  # so the measurement sees what it must
 
 
@@ -340,6 +356,8 @@ def test_the_custom_op_keeps_torchs_contract():
         )
         torch.library.opcheck(contrast, (*arguments(one, log_scale), 0.3, 2))
         torch.library.opcheck(contrast, (*arguments(one, log_scale.detach()), None, 0))
+        once = (torch.rand(5), [True, True, True, own is not None], *arguments(one, log_scale)[:-1])
+        torch.library.opcheck(contrast_once, (*once, 0.3, 2))
 
 
 def test_torch_compile_takes_it_in_one_graph():
@@ -393,7 +411,11 @@ LONG = {"dtype": torch.int64}
         ({"margin": float("nan")}, "margin nan"),
         ({"hard_negatives": torch.zeros(3, 2)}, r"hard_negatives \(3, 2\) must be \[3, R, 2\]"),
         ({"log_scale": torch.zeros(2)}, "log_scale must be one floating point number"),
-        ({"impl": "fast"}, "use auto, chunked or reference"),
+        ({"impl": "triton"}, "impl 'triton' cannot run here: .*; use 'auto' or 'chunked'"),
+        ({"positives": torch.zeros(2, 2, **LONG)}, r"positives must be int64 \[3, P\]"),
+        ({"positives": torch.tensor([[0, 1], [-1, 2], [3, -1]])}, "every query needs a positive"),
+        ({"positives": torch.tensor([[0, 1], [1, 5], [3, -1]])}, "positives go from 0 to 5"),
+        ({"impl": "fast"}, "use auto, triton, chunked or reference"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

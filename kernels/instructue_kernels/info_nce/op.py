@@ -7,13 +7,15 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from instructue_kernels.info_nce.chunked import chunks, contrast
+from instructue_kernels import triton_support
+from instructue_kernels.info_nce import fused
+from instructue_kernels.info_nce.chunked import Problem, chunks, contrast, contrast_once
 from instructue_kernels.info_nce.directions import Direction, Pairs, directions
-from instructue_kernels.info_nce.reference import compute_dtype, contrast_reference, unit_rows
+from instructue_kernels.info_nce.reference import closest, compute_dtype, contrast_reference, unit_rows
 
 # N = queries, M = keys, D = size of a vector, R = own hard negatives of a query
 
-Impl = Literal["auto", "chunked", "reference"]
+Impl = Literal["auto", "triton", "chunked", "reference"]
 
 _CHUNK_FROM_SIMILARITIES = 2**18
 """Below this the reference's workspace is a few MB and chunking only costs the recompute."""
@@ -68,15 +70,20 @@ def info_nce(
         log_scale: Scalar tensor; `scale = exp(log_scale)` is one over the temperature. The caller clamps it.
         query_ids: `[N]` int64. A *query* is no negative of a query with the same id, nor of that one's positive.
         key_ids: `[M]` int64. A key with the id of the query's positive is the same answer and no negative.
-        positives: `[N]` int64 place of each query's positive in `key`; by default query i belongs to key i.
+        positives: `[N]` int64 place of each query's positive in `key`; by default query i belongs to key i. Several
+            positives: `[N, P]`, with -1 behind the last of a query that has fewer. Its loss is the mean over them, and
+            none of them is a negative of another.
         hard_negatives: `[N, R, D]` further negatives of each query alone; only `margin` may drop them.
-        margin: Drops candidates with `s_ij > s_i,p_i + margin` as unlabelled positives; a decision without gradient.
+        margin: Drops candidates with `s_ij > s_i,p_i + margin` as unlabelled positives, p_i the closest positive; a
+            decision without gradient.
         include_query_query: Other queries are candidates too, unless their positive is the same answer.
         symmetric: Also contrasts each query's positive key against the queries and takes the mean of both.
         group: Ranks whose keys (and queries, where these are candidates) are candidates here too. Every rank must call
             this and run the backward. The loss is scaled so that the mean over ranks, of the loss and of the gradients
             as DistributedDataParallel takes it, is that of one process holding all rows. Ranks may differ in N and M.
-        impl: `reference`, `chunked` (memory bounded), or `auto`, which chunks from 262,144 similarities.
+        impl: `reference`; `chunked` (plain torch, memory bounded); `triton` (kernels, memory bounded; NaN for a scale
+            above 160); or `auto`: `reference` below 262,144 similarities, from there `triton` for float16 and bfloat16
+            vectors on a GPU, else `chunked`.
         query_group: `[N]` int64, given with `key_group`: only candidates of the same group are negatives.
         key_group: `[M]` int64. The positive counts whatever its group.
         weight: `[N]` weights of the mean, at least 0, without gradient; if all are 0 the loss is 0.
@@ -88,8 +95,8 @@ def info_nce(
         `log_scale` and `hard_negatives`.
 
     Raises:
-        ValueError: A shape or dtype does not fit, `positives` points outside `key`, `impl` is unknown, or the ranks
-            disagree.
+        ValueError: A shape or dtype does not fit, `positives` points outside `key`, `impl` is unknown or cannot run
+            here, or the ranks disagree.
 
     Source: joint loss of arXiv 2510.11016 (InstructUE); false negatives by margin as in arXiv 2602.14492 (Q-Anchor).
 
@@ -100,8 +107,8 @@ def info_nce(
         >>> info_nce(user, answer, torch.tensor(0.0), key_ids=torch.tensor([7, 7])).item()  # one answer: no negatives
         0.0
     """
-    if impl not in ("auto", "chunked", "reference"):
-        raise ValueError(f"impl {impl!r} is unknown; use auto, chunked or reference")
+    if impl not in ("auto", "triton", "chunked", "reference"):
+        raise ValueError(f"impl {impl!r} is unknown; use auto, triton, chunked or reference")
     pairs = _checked(query, key, query_ids, key_ids, positives, hard_negatives, margin, query_group, key_group)
     _check_unique(unique_keys, key_ids)
     if log_scale.numel() != 1 or not log_scale.is_floating_point():
@@ -109,14 +116,15 @@ def info_nce(
     weight_N = _weights(weight, pairs)
     with torch.autocast(query.device.type, enabled=False):
         switches = {"include_query_query": include_query_query, "symmetric": symmetric, "unique_keys": unique_keys}
-        found = directions(pairs, **switches, group=group)
-        losses = [_contrast(one, log_scale.reshape(()), margin, impl) for one in found]
-        loss = (torch.stack(losses).mean(dim=0) * weight_N).sum()
+        chosen = _choose(impl, pairs)
+        found = directions(pairs, **switches, group=group, merge=chosen != "reference")
         total = weight_N.sum()
         if group is not None:
             dist.all_reduce(total, group=group)
-            loss = loss * dist.get_world_size(group)
-        return loss / torch.where(total > 0, total, 1)
+            weight_N = weight_N * dist.get_world_size(group)
+        weight_N = weight_N / (torch.where(total > 0, total, 1) * (1 + symmetric))
+        losses = [_contrast(one, weight_N, log_scale.reshape(()), margin, chosen) for one in found]
+        return torch.stack(losses).sum()
 
 
 def info_nce_stats(
@@ -155,13 +163,18 @@ def info_nce_stats(
         (own,) = directions(pairs, **switches, group=group)
         unit_KD = unit_rows(own.candidate_KD, compute_dtype(own.anchor_ND, own.candidate_KD))
         closest_N, positive_N = unit_KD.new_empty(len(query)), unit_KD.new_empty(len(query))
-        count_N = own.positive_N.new_empty(len(query))
-        labels = (own.anchor_labels_3N, own.candidate_labels_3K)
-        for chunk in chunks(own.anchor_ND, unit_KD, own.hard_NRD, own.positive_N, *labels, margin):
-            cosine = torch.cat([chunk.cosine_CK, chunk.cosine_CR], dim=1)
-            negative = torch.cat([chunk.negative_CK, chunk.negative_CR], dim=1)
+        count_N = own.positive_NP.new_empty(len(query))
+        problem = Problem(
+            own.positive_NP, own.anchor_labels_LN, own.candidate_labels_LK, (True, True, True), False, margin
+        )
+        for chunk in chunks(own.anchor_ND, unit_KD, own.hard_NRD, problem):
+            assert chunk.negative_CK is not None
+            cosine, negative = chunk.cosine_CK, chunk.negative_CK
+            if chunk.cosine_CR is not None and chunk.negative_CR is not None:
+                cosine = torch.cat([cosine, chunk.cosine_CR], dim=1)
+                negative = torch.cat([negative, chunk.negative_CR], dim=1)
             closest_N[chunk.rows] = cosine.masked_fill_(~negative, -torch.inf).amax(dim=1)
-            positive_N[chunk.rows] = chunk.positive_C1.squeeze(1)
+            positive_N[chunk.rows] = closest(chunk.positive_CP, own.positive_NP[chunk.rows]).squeeze(1)
             count_N[chunk.rows] = negative.sum(dim=1)
     contested_N = weight_N * (count_N > 0)
     return InfoNceStats(
@@ -175,22 +188,52 @@ def info_nce_stats(
 def explain_choice() -> str:
     """What `impl="auto"` does on this machine, in words.
 
-    >>> explain_choice()
-    'auto: plain torch below 262,144 similarities, row chunks of bounded memory from there'
+    >>> explain_choice().startswith("auto: plain torch below 262,144 similarities; from there ")
+    True
     """
-    return f"auto: plain torch below {_CHUNK_FROM_SIMILARITIES:,} similarities, row chunks of bounded memory from there"
+    start = f"auto: plain torch below {_CHUNK_FROM_SIMILARITIES:,} similarities; from there"
+    reason = triton_support.problem("cuda" if torch.cuda.is_available() else "cpu")
+    if reason is None and not triton_support.is_interpreted():
+        return f"{start} kernels ({triton_support.where()}) for float16 and bfloat16, row chunks for other types"
+    return f"{start} row chunks of bounded memory (no kernels: {triton_support.where()})"
 
 
-def _contrast(own: Direction, log_scale: torch.Tensor, margin: float | None, impl: Impl) -> torch.Tensor:
-    if impl == "auto":
-        chunk = len(own.anchor_ND) * len(own.candidate_KD) >= _CHUNK_FROM_SIMILARITIES
-        impl = "chunked" if chunk else "reference"
-    tensors = (own.anchor_ND, own.candidate_KD, log_scale, own.hard_NRD, own.positive_N)
-    labels = (own.anchor_labels_3N, own.candidate_labels_3K)
+def _choose(impl: Impl, pairs: Pairs) -> str:
+    """The implementation that `auto` stands for.
+
+    Raises:
+        ValueError: The one asked for cannot run here.
+    """
+    query, key = pairs.query_ND, pairs.key_MD
+    if impl == "triton":
+        reason = fused.problem(query, key)
+        if reason is not None:
+            raise ValueError(f"impl 'triton' cannot run here: {reason}; use 'auto' or 'chunked'")
+    if impl != "auto":
+        return impl
+    if len(query) * len(key) < _CHUNK_FROM_SIMILARITIES:
+        return "reference"
+    half = query.dtype == key.dtype and query.dtype in (torch.float16, torch.bfloat16)
+    return "triton" if half and query.device.type == "cuda" and fused.problem(query, key) is None else "chunked"
+
+
+def _contrast(
+    own: Direction, weight_N: torch.Tensor, log_scale: torch.Tensor, margin: float | None, impl: str
+) -> torch.Tensor:
+    """Weighted sum of the losses of a direction, or of both."""
+    if own.share_N is not None:
+        weight_N = weight_N.repeat_interleave(own.several) * own.share_N.to(weight_N.dtype)
+    tensors = (own.anchor_ND, own.candidate_KD, log_scale, own.hard_NRD)
+    labels = (own.positive_NP, own.anchor_labels_LN, own.candidate_labels_LK)
     if impl == "reference":
-        return contrast_reference(*tensors, *labels, margin)
-    loss_N: torch.Tensor = contrast(*tensors, *labels, margin, 0)
-    return loss_N
+        return (contrast_reference(*tensors, *labels, margin) * weight_N).sum()
+    needs = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in tensors]
+    if impl == "chunked" and not own.both and any(needs):
+        loss: torch.Tensor = contrast_once(weight_N, needs, *tensors, *labels, own.compared, margin, 0)[0]
+        return loss
+    run = fused.contrast_fused if impl == "triton" else contrast
+    loss_SN: torch.Tensor = run(*tensors, *labels, own.compared, own.both, margin, 0)[0]
+    return (loss_SN * weight_N).sum()
 
 
 def _weights(weight: torch.Tensor | None, pairs: Pairs) -> torch.Tensor:
@@ -226,7 +269,11 @@ def _checked(
     if margin is not None and not 0 <= margin < float("inf"):
         raise ValueError(f"margin {margin} must be a number from 0 up, or None for none")
     queries, keys = len(query), len(key)
-    labels = {"query_ids": (query_ids, queries), "key_ids": (key_ids, keys), "positives": (positives, queries)}
+    labels = {"query_ids": (query_ids, queries), "key_ids": (key_ids, keys)}
+    if positives is None or positives.dim() != 2:
+        labels["positives"] = (positives, queries)
+    elif len(positives) != queries or not positives.shape[1] or positives.dtype != torch.int64:
+        raise ValueError(f"positives must be int64 [{queries}, P], not {positives.dtype} {list(positives.shape)}")
     labels |= {"query_group": (query_group, queries), "key_group": (key_group, keys)}
     for name, (tensor, rows) in labels.items():
         if tensor is not None and (tensor.shape != (rows,) or tensor.dtype != torch.int64):
@@ -234,13 +281,20 @@ def _checked(
     hard = hard_negatives
     if hard is not None and (hard.dim() != 3 or (hard.shape[0], hard.shape[2]) != tuple(query.shape)):
         raise ValueError(f"hard_negatives {tuple(hard.shape)} must be [{queries}, R, {query.shape[1]}]")
+    in_order, given = positives is None, positives
     if positives is None:
         if queries > keys:
             raise ValueError(f"{queries} queries but {keys} keys; say in `positives` which key belongs to which query")
         positives = torch.arange(queries, device=query.device)
     # Looking at values stops a GPU and breaks a graph; there, an index out of range fails in the gather itself.
     elif positives.device.type == "cpu" and not torch.compiler.is_compiling() and queries:
+        if positives.dim() == 2:
+            if bool((positives[:, 0] < 0).any()):
+                raise ValueError("every query needs a positive: the first column of `positives` must not be -1")
+            positives = torch.where(positives == -1, positives[:, :1], positives)
         low, high = int(positives.min()), int(positives.max())
         if low < 0 or high >= keys:
             raise ValueError(f"positives go from {low} to {high}, but there are {keys} keys")
-    return Pairs(query, key, positives, hard, query_ids, key_ids, query_group, key_group)
+    places = given if given is not None else positives
+    places = places[:, None] if places.dim() == 1 else places
+    return Pairs(query, key, places, hard, query_ids, key_ids, query_group, key_group, in_order)
