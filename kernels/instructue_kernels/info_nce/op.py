@@ -192,10 +192,9 @@ def explain_choice() -> str:
     True
     """
     start = f"auto: plain torch below {_CHUNK_FROM_SIMILARITIES:,} similarities; from there"
-    reason = triton_support.problem("cuda" if torch.cuda.is_available() else "cpu")
-    if reason is None and not triton_support.is_interpreted():
+    if triton_support.auto_allowed("cuda"):
         return f"{start} kernels ({triton_support.where()}) for float16 and bfloat16, row chunks for other types"
-    return f"{start} row chunks of bounded memory (no kernels: {triton_support.where()})"
+    return f"{start} row chunks of bounded memory (no kernels: {triton_support.why_not()})"
 
 
 def _choose(impl: Impl, pairs: Pairs) -> str:
@@ -214,7 +213,7 @@ def _choose(impl: Impl, pairs: Pairs) -> str:
     if len(query) * len(key) < _CHUNK_FROM_SIMILARITIES:
         return "reference"
     half = query.dtype == key.dtype and query.dtype in (torch.float16, torch.bfloat16)
-    return "triton" if half and query.device.type == "cuda" and fused.problem(query, key) is None else "chunked"
+    return "triton" if half and triton_support.auto_allowed(query.device.type) else "chunked"
 
 
 def _contrast(
