@@ -31,7 +31,7 @@ from instructue_feast.feature_store.scan import Batch, Columns, Scan
 from instructue_feast.feature_store.session import is_quiet
 from instructue_feast.feature_store.wire import Storage, encode_bytes, encode_vectors, entity_keys
 
-_BATCH = 10_000
+_BATCH = 2_500  # rows read, encoded and written at a time: while one is written, the next is read
 _YEAR = timedelta(weeks=52)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -108,7 +108,7 @@ class EmbeddingEngine(ComputeEngine):  # type: ignore[misc]
         source = view.batch_source
         location = FileSource.get_uri_for_file_path(config.repo_path, source.path)
         scan = Scan(location, _columns(view), to_micros(first), to_micros(last), view.name)
-        size = config.materialization_config.online_write_batch_size or _BATCH
+        size = min(config.materialization_config.online_write_batch_size or _BATCH, _BATCH)
         store = _writer(self.online_store, config, view)
         storage: Storage = getattr(config.online_store, "vector_storage", "float32")
         revision = published_at(view)
