@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,10 +37,10 @@ def calls(count: int, size: int, *, symmetric: bool, names: Sequence[str]) -> di
     return {name: lambda name=name: call(known[name]) for name in names}
 
 
-def run(count: int, size: int, *, repeats: int, names: Sequence[str] = ("eager", "chunked")) -> list[Row]:
-    """Rows for both directions together and for one."""
-    found: list[Row] = []
+def run(count: int, size: int, *, repeats: int, names: Sequence[str] = ("eager", "chunked")) -> Iterator[list[Row]]:
+    """Rows for both directions together, then for one."""
     for symmetric in (True, False):
+        found: list[Row] = []
         mode = f"forward+backward {'symmetric' if symmetric else 'one way'}"
         shape = Shape(op="info_nce", mode=mode, n=count, m=count, d=size, dtype="float32")
         functions = calls(count, size, symmetric=symmetric, names=names)
@@ -51,7 +51,7 @@ def run(count: int, size: int, *, repeats: int, names: Sequence[str] = ("eager",
             if "eager" in names:
                 ratios = [a / max(b, 2**-10) for a, b in zip(values["chunked"], values["eager"], strict=True)]
                 found.append(row(shape, "chunked", ratios, metric=f"{metric} over eager", unit="1"))
-    return found
+        yield found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = run(32768, options.size, repeats=1, names=("chunked",))
     else:
         rows = run(options.rows, options.size, repeats=options.repeats)
-    append_csv(options.out / "info_nce_cpu.csv", rows)
-    show(rows)
+    for found in rows:  # at once, so that what was measured stays
+        append_csv(options.out / "info_nce_cpu.csv", found)
+        show(found)
     return 0
 
 
