@@ -6,19 +6,32 @@ from typing import Annotated, Any
 
 import typer
 
+from instructue_feast.cli.backfill_series import run_series
 from instructue_feast.cli.console import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json, print_table
-from instructue_feast.cli.extract import CoresOption, log_file, print_counts
+from instructue_feast.cli.extract import (
+    AsOfListOption,
+    AsOfOption,
+    CoresOption,
+    EveryOption,
+    FromOption,
+    ToOption,
+    log_file,
+    print_counts,
+)
 from instructue_feast.cli.jobs import JobResult, run_job
+from instructue_feast.cli.moments import moments
 from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError
 from instructue_feast.runs.manifest import parse_as_of
 
 
 def backfill(
-    as_of: Annotated[
-        str | None, typer.Option("--as-of", help="Exclusive upper bound on event time, ISO 8601 with zone.")
-    ] = None,
+    as_of: AsOfOption = None,
     config: ConfigOption = DEFAULT_CONFIG,
+    as_of_list: AsOfListOption = None,
+    every: EveryOption = "7d",
+    start: FromOption = None,
+    end: ToOption = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Finish this run, or `latest` for the last unfinished one.")
     ] = None,
@@ -37,12 +50,26 @@ def backfill(
     """Extract, encode new texts, embed every user for every instruction, and publish the run.
 
     A backfill that was stopped or killed goes on with `--resume`: nothing that is finished is computed again.
+    With several as_ofs, the raw tables are read once and each as_of becomes a run: what a training set is joined with.
 
     Example: [bold]instructue backfill --config instructue.yaml --as-of 2017-10-01T00:00:00Z[/]
     """
+    as_ofs = [one.isoformat() for one in moments(start, end, every, as_of, as_of_list)]
+    if len(as_ofs) > 1:
+        if run_id or extract_id or resume or incremental or accept:
+            raise ConfigError(
+                "--run-id, --extract, --resume, --incremental and --accept are for one as_of",
+                "leave them out, or pass one --as-of",
+            )
+        run_series(
+            config, as_ofs, instructions=instruction, publish=publish, allow_leakage=allow_leakage, cores=cores,
+            as_json=as_json,
+        )  # fmt: skip
+        return
     result = run_backfill_job(
-        config, as_of, instructions=instruction, run_id=run_id, extract_id=extract_id, publish=publish,
-        allow_leakage=allow_leakage, resume=resume, incremental=incremental, accept=accept, cores=cores, quiet=as_json,
+        config, as_ofs[0] if as_ofs else None, instructions=instruction, run_id=run_id, extract_id=extract_id,
+        publish=publish, allow_leakage=allow_leakage, resume=resume, incremental=incremental, accept=accept,
+        cores=cores, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(result.value | {"stages": [vars_of(stage) for stage in result.stages]})

@@ -9,35 +9,54 @@ import typer
 
 from instructue_feast.cli.console import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json, print_table
 from instructue_feast.cli.jobs import run_job
+from instructue_feast.cli.moments import moments
 from instructue_feast.config import load_config
-from instructue_feast.runs.manifest import parse_as_of
+from instructue_feast.errors import ConfigError
 
-AsOfOption = Annotated[str, typer.Option("--as-of", help="Exclusive upper bound on event time, ISO 8601 with zone.")]
+AsOfOption = Annotated[
+    list[str] | None,
+    typer.Option("--as-of", help="Exclusive upper bound on event time, ISO 8601 with zone; repeatable."),
+]
+AsOfListOption = Annotated[Path | None, typer.Option("--as-of-list", help="A file with one as_of in each line.")]
+EveryOption = Annotated[str, typer.Option(help="Step of a series of as_ofs: 7d, 4w.")]
+FromOption = Annotated[str | None, typer.Option("--from", help="First as_of of a series.")]
+ToOption = Annotated[str | None, typer.Option("--to", help="Last possible as_of of the series.")]
 CoresOption = Annotated[int | None, typer.Option(min=1, help="Local Spark cores; default: all.")]
 
 
 def extract(
-    as_of: AsOfOption,
+    as_of: AsOfOption = None,
     config: ConfigOption = DEFAULT_CONFIG,
+    as_of_list: AsOfListOption = None,
+    every: EveryOption = "7d",
+    start: FromOption = None,
+    end: ToOption = None,
     extract_id: Annotated[str | None, typer.Option(help="Id of the new extract.")] = None,
     cores: CoresOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the Spark extraction only: canonical events, phrasebook and packed histories.
 
+    Several as_ofs are extracted in one pass over the raw tables.
+
     Example: [bold]instructue extract --config instructue.yaml --as-of 2017-10-01T00:00:00Z[/]
     """
     project = load_config(config)
-    parse_as_of(as_of)
-    arguments = ["--config", config, "--as-of", as_of]
+    as_ofs = [one.isoformat() for one in moments(start, end, every, as_of, as_of_list)]
+    if not as_ofs:
+        raise ConfigError("no as_of given", "pass --as-of 2017-10-01, or --from, --to and --every")
+    arguments = ["--config", config]
+    for one in as_ofs:
+        arguments += ["--as-of", one]
     arguments += ["--extract-id", extract_id] if extract_id else []
     arguments += ["--cores", str(cores)] if cores else []
     result = run_job("instructue_spark.extract", arguments, log=log_file(project.output.path, "extract"), quiet=as_json)
     if as_json:
         print_json(result.value)
         return
-    print_counts(result.value)
-    out.print(f"Extract {result.value['extract_id']}: embed it with `instructue backfill --extract`", soft_wrap=True)
+    for manifest in result.value.get("extracts", [result.value]):
+        print_counts(manifest)
+        out.print(f"Extract {manifest['extract_id']}: embed it with `instructue backfill --extract`", soft_wrap=True)
 
 
 def print_counts(manifest: dict[str, Any]) -> None:

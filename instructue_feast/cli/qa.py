@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
@@ -12,14 +11,14 @@ import typer
 from instructue_feast.cli.console import DEFAULT_CONFIG, ConfigOption, JsonOption, out, print_json, print_table
 from instructue_feast.cli.extract import CoresOption, log_file
 from instructue_feast.cli.jobs import run_job
+from instructue_feast.cli.moments import moment, moments
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError
-from instructue_feast.runs.manifest import parse_as_of, to_json
+from instructue_feast.runs.manifest import to_json
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.user_qa.dataset import UserQA
 from instructue_feast.user_qa.loading import load_manifest, load_user_qa
 
-_EVERY = re.compile(r"^(\d+)([dw])$")
 _DAY_US = 86_400_000_000
 
 
@@ -42,9 +41,9 @@ def qa(
     """
     project = load_config(config)
     store = OutputStore(project.output.path)
-    moments = _moments(start, end, every, as_of)
-    if moments:
-        manifest = _build(config, project, moments, cut, extract_id, qa_id, cores, quiet=as_json)
+    asked = moments(start, end, every, as_of)
+    if asked:
+        manifest = _build(config, project, asked, cut, extract_id, qa_id, cores, quiet=as_json)
     elif qa_id is not None:
         manifest = to_json(load_manifest(store, qa_id))
     else:
@@ -63,7 +62,7 @@ def qa(
 def _build(
     config: str,
     project: InstructueConfig,
-    moments: list[datetime],
+    as_ofs: list[datetime],
     cut: str | None,
     extracts: list[str] | None,
     qa_id: str | None,
@@ -75,38 +74,12 @@ def _build(
         raise ConfigError("--cut is missing", "say from when on nothing may be looked at, for example 2017-10-01")
     if project.user_qa is None:
         raise ConfigError(f"{config} has no `user_qa` section", "declare question families; see docs/user_qa.md")
-    arguments = ["--config", config, "--as-ofs", ",".join(one.isoformat() for one in moments)]
-    arguments += ["--cut", _moment(cut, "--cut").isoformat()]
+    arguments = ["--config", config, "--as-ofs", ",".join(one.isoformat() for one in as_ofs)]
+    arguments += ["--cut", moment(cut, "--cut").isoformat()]
     arguments += ["--extracts", ",".join(extracts)] if extracts else []
     arguments += ["--qa-id", qa_id] if qa_id else []
     arguments += ["--cores", str(cores)] if cores else []
     return run_job("instructue_spark.user_qa", arguments, log=log_file(project.output.path, "qa"), quiet=quiet).value
-
-
-def _moments(start: str | None, end: str | None, every: str, as_ofs: list[str] | None) -> list[datetime]:
-    """All points in time to ask at, ascending."""
-    moments = {_moment(one, "--as-of") for one in as_ofs or ()}
-    if (start is None) != (end is None):
-        raise ConfigError("--from and --to belong together", "give both, or use --as-of")
-    if start is not None and end is not None:
-        step = _EVERY.match(every)
-        if not step or not int(step.group(1)):
-            raise ConfigError(f"--every {every!r}", "write it as 14d or 4w")
-        moment, last = _moment(start, "--from"), _moment(end, "--to")
-        if moment > last:
-            raise ConfigError("--from lies after --to", "exchange them")
-        while moment <= last:
-            moments.add(moment)
-            moment += timedelta(days=int(step.group(1)) * (7 if step.group(2) == "w" else 1))
-    return sorted(moments)
-
-
-def _moment(text: str, option: str) -> datetime:
-    """Reads a time; a bare date is midnight UTC."""
-    try:
-        return parse_as_of(f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
-    except ConfigError as error:
-        raise ConfigError(f"{option}: {error.message}", error.hint) from None
 
 
 def _examples(qa: UserQA, number: int) -> list[dict[str, Any]]:
@@ -120,12 +93,10 @@ def _examples(qa: UserQA, number: int) -> list[dict[str, Any]]:
         wanted = families[place % len(families)]
         mine = [pair for pair in pairs if qa.questions[qa.question_P[pair]].family == wanted]
         pair = int(rng.choice(mine or pairs))
-        moment = datetime.fromisoformat("1970-01-01T00:00:00+00:00") + timedelta(
-            microseconds=int(qa.history.as_of_us[row])
-        )
+        at = datetime.fromisoformat("1970-01-01T00:00:00+00:00") + timedelta(microseconds=int(qa.history.as_of_us[row]))
         found.append(
             {
-                "as_of": moment.isoformat(),
+                "as_of": at.isoformat(),
                 "events": int(qa.history.num_events[row].sum()),
                 "instruction": qa.questions[qa.question_P[pair]].wordings[0],
                 "answer": qa.answers[qa.answer_P[pair]],

@@ -143,6 +143,11 @@ class OutputStore:
         if self.exists(*parts):
             self.fs.rm(self.path(*parts), recursive=True)
 
+    def move(self, source: tuple[str, ...], target: tuple[str, ...]) -> None:
+        """Moves a folder tree; in one step on a local file system, file by file on an object store."""
+        self.fs.makedirs(self.path(*target[:-1]), exist_ok=True)
+        self.fs.mv(self.path(*source), self.path(*target), recursive=True)
+
     def require_free(self, gib: float) -> None:
         """Refuses to start a job that would fill the disk.
 

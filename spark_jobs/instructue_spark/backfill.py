@@ -240,7 +240,7 @@ class Backfill:
         request = self.request
         assert request.as_of is not None
         model = load_model(self.config)  # first, because a wrong model folder should fail before an hour of extraction
-        _check_leakage(model.config.trained_through, request)
+        check_leakage(model.config.trained_through, request)
         soft_prompts_of(self.config, instructions, model)
         if request.extract_id is not None:
             self._asked_extract(request.extract_id, request.as_of)
@@ -466,8 +466,12 @@ def _used(
     ]
 
 
-def _check_leakage(trained_through: str | None, request: BackfillRequest) -> None:
-    """Refuses to embed a moment the model has seen the future of."""
+def check_leakage(trained_through: str | None, request: BackfillRequest) -> None:
+    """Refuses to embed a moment the model has seen the future of.
+
+    Raises:
+        LeakageError: The model was trained on events at or after the request's `as_of`, and that is not allowed.
+    """
     if trained_through is None or request.allow_leakage or request.as_of is None:
         return
     if datetime.fromisoformat(trained_through) > request.as_of:

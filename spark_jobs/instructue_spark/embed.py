@@ -35,6 +35,7 @@ from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import bucket_folder, finished_buckets, write_bucket
 from instructue_feast.soft_prompt_file import SoftPrompt
 from instructue_spark.carry import BaseRun, carry_over, read_history
+from instructue_spark.device import task_device
 from instructue_spark.io import emit, spark_errors, spark_schema
 from instructue_spark.report import Reporter
 
@@ -64,8 +65,8 @@ _MARKER_ROW = pa.schema(
 
 
 @lru_cache(maxsize=4)
-def _worker_encoder(name: str, version: str) -> TextEncoder:
-    """Loads an encoder once per Python worker and checks that it is the driver's.
+def _worker_encoder(name: str, version: str, device: str) -> TextEncoder:
+    """Loads an encoder once per Python worker and device and checks that it is the driver's.
 
     Raises:
         VersionMismatchError: The files of this host are not those of the driver.
@@ -73,7 +74,7 @@ def _worker_encoder(name: str, version: str) -> TextEncoder:
     from instructue_feast.model.encoders import TextEncoder
 
     _limit_threads()
-    encoder = TextEncoder.load(name)
+    encoder = TextEncoder.load(name, device=device)
     if encoder.version != version:
         raise VersionMismatchError(
             f"text encoder {name} is {encoder.version[:12]} on a worker and {version[:12]} on the driver",
@@ -84,7 +85,7 @@ def _worker_encoder(name: str, version: str) -> TextEncoder:
 
 def _encode_texts(name: str, version: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        encoder = _worker_encoder(name, version)
+        encoder = _worker_encoder(name, version, task_device())
         for batch in batches:
             if batch.num_rows:
                 vectors = encoder.encode(batch.column("text").to_pylist())
@@ -271,12 +272,15 @@ def _aligned_vectors(store: OutputStore, version: str, wanted: pa.Array) -> np.n
 
 
 @lru_cache(maxsize=1)
-def _worker_embedder(plan: RunPlan) -> UserEmbedder:
-    """Loads model and soft-token table of a run once per Python worker."""
+def _worker_embedder(plan: RunPlan, device: str) -> UserEmbedder:
+    """Loads model and soft-token table of a run once per Python worker and device."""
     from instructue_feast.inference.from_run import open_embedder
 
     _limit_threads()
-    return open_embedder(OutputStore(plan.root), plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens)
+    store = OutputStore(plan.root)
+    embedder = open_embedder(store, plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens)
+    embedder.model.to(device)
+    return embedder
 
 
 def _embed_buckets(
@@ -315,7 +319,7 @@ def _embed_bucket(plan: RunPlan, bucket: int) -> BucketMarker:
     changed = np.flatnonzero(~carried)
     if len(changed):
         rows = history if len(changed) == len(history) else history.take(changed)
-        vectors[changed] = _worker_embedder(plan).encode(rows, plan.instructions, on_batch=count)
+        vectors[changed] = _worker_embedder(plan, task_device()).encode(rows, plan.instructions, on_batch=count)
     offsets = pa.array(np.arange(0, len(history) * plan.embedding_dim + 1, plan.embedding_dim, dtype=np.int32))
     columns: list[pa.Array] = []
     for position in range(len(names)):

@@ -9,15 +9,15 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from instructue_feast import schema
 from instructue_feast.config import InstructueConfig, load_config
@@ -26,157 +26,196 @@ from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, check_
 from instructue_feast.runs.store import OutputStore
 from instructue_spark import history, sources
 from instructue_spark.claim import claimed
-from instructue_spark.io import spark_errors, spark_schema
+from instructue_spark.io import spark_errors
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session, settle
-from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, ROSTER, STATUSES
+from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, STATUSES
+from instructue_spark.windows import ROSTER, Windows
 
 ROSTER_NAME = "(roster)"
 """Key of the roster in a manifest's `counts`; no source can have that name."""
 
 _Counts = dict[tuple[int, int], int]
+"""Rows by `(src, status)`."""
 
 
 def run_extract(
     spark: SparkSession, config: InstructueConfig, as_of: datetime, *, extract_id: str, reporter: Reporter
 ) -> ExtractManifest:
-    """Extracts packed histories and the phrasebook of one `as_of`.
+    """Extracts packed histories and the phrasebook of one `as_of`; see `run_extracts`."""
+    return run_extracts(spark, config, [as_of], extract_ids=[extract_id], reporter=reporter)[0]
 
-    Writes `<output>/extracts/<extract_id>/` with `history/bucket=N/*.parquet` (`schema.PACKED_HISTORY`, sorted by user;
-    a bucket without users has no folder), `phrasebook/`, `quarantine/`, and `manifest.json` last. Whatever fails, the
-    folder is removed.
+
+def run_extracts(
+    spark: SparkSession,
+    config: InstructueConfig,
+    as_ofs: Sequence[datetime],
+    *,
+    extract_ids: Sequence[str],
+    reporter: Reporter,
+) -> list[ExtractManifest]:
+    """Extracts packed histories and phrasebooks of several `as_of`s in one pass over the raw tables.
+
+    Writes for each `<output>/extracts/<extract_id>/` with `history/bucket=N/*.parquet` (`schema.PACKED_HISTORY`, sorted
+    by user; a bucket without users has no folder), `phrasebook/`, `quarantine/`, and `manifest.json` last. Each is what
+    an extraction of that `as_of` alone would write. Whatever fails, the folders without manifest are removed.
 
     Args:
         spark: The session; gets the settings of `session.settle`.
         config: The project.
-        as_of: Exclusive upper bound of event times, with a time zone.
-        extract_id: Name of the extract; must be new.
-        reporter: Gets the stages `sources`, `phrasebook` and `history`.
+        as_ofs: Exclusive upper bounds of event times, with time zones.
+        extract_ids: Names of the extracts; must be new.
+        reporter: Gets the stages `sources`, `history` and `phrasebook`.
 
     Returns:
-        The manifest.
+        The manifests, in the order of `as_ofs`.
 
     Raises:
         ConfigError: A wrong `where` condition, time zone or extract id; `as_of` without a time zone.
         DataError: A raw table is missing, empty, corrupt or, as `SchemaError`, of the wrong shape; nobody is left.
-        RunConflictError: The extract exists, or somebody else is writing it.
+        RunConflictError: An extract exists, or somebody else is writing it.
         StorageError: Too little disk, or a write failed.
     """
-    if as_of.tzinfo is None:
+    if not as_ofs or len(as_ofs) != len(extract_ids):
+        raise ConfigError(f"{len(as_ofs)} as_ofs and {len(extract_ids)} extract ids", "name one extract per as_of")
+    if any(one.tzinfo is None for one in as_ofs):
         raise ConfigError("as_of has no time zone", "pass an aware datetime")
-    check_id("extract", extract_id)
+    for one in extract_ids:
+        check_id("extract", one)
     started = time.monotonic()
     store = OutputStore(config.output.path)
     store.require_free(config.output.min_free_gib)
-    folder = ("extracts", extract_id)
-    with claimed(spark, store, *folder), spark_errors(), _caches() as caches:
-        job = _Job(settle(spark), config, as_of.astimezone(UTC), reporter, store, folder, caches)
-        manifest = job.run(extract_id, started)
-        store.write_json(to_json(manifest), *folder, "manifest.json")
-    return manifest
+    moments = [one.astimezone(UTC) for one in as_ofs]
+    with ExitStack() as claims, spark_errors(), _caches() as caches:
+        for one in extract_ids:
+            claims.enter_context(claimed(spark, store, "extracts", one))
+        job = _Job(settle(spark), config, moments, list(extract_ids), reporter, store, caches)
+        manifests = job.run(started)
+        for manifest in manifests:
+            store.write_json(to_json(manifest), "extracts", manifest.extract_id, "manifest.json")
+    return manifests
 
 
 class _Job:
-    """One extract while it runs: its inputs, and the frames to unpersist at the end."""
+    """An extraction while it runs: its inputs, and the frames to unpersist at the end."""
 
     def __init__(
         self,
         spark: SparkSession,
         config: InstructueConfig,
-        as_of: datetime,
+        as_ofs: list[datetime],
+        extract_ids: list[str],
         reporter: Reporter,
         store: OutputStore,
-        folder: tuple[str, ...],
         caches: list[DataFrame],
     ) -> None:
-        self.spark, self.config, self.as_of = spark, config, as_of
-        self.reporter, self.store, self.folder, self.caches = reporter, store, folder, caches
+        self.spark, self.config, self.as_ofs, self.extract_ids = spark, config, as_ofs, extract_ids
+        self.reporter, self.store, self.caches = reporter, store, caches
+        self.windows = Windows(config, as_ofs)
 
-    def run(self, extract_id: str, started: float) -> ExtractManifest:
+    def run(self, started: float) -> list[ExtractManifest]:
         config, names = self.config, self.config.source_names
         with self.reporter.stage("sources") as stage:
-            events, snapshots, counts, kept = self._canonical()
-            stage.rows_in, stage.rows_out = sum(counts.values()), _total(counts, IN_WINDOW)
-            self._write_quarantine([one for one in (events, snapshots) if one is not None], counts)
-        with self.reporter.stage("phrasebook") as stage:
-            selected = tokens = None
-            if snapshots is not None:
-                selected = self._cache(history.select_snapshots(snapshots))
-                tokens = history.snapshot_tokens(selected, config)
-            texts = history.build_texts(self._cache(history.rendered_texts(events, tokens, config)))
-            texts.phrasebook.write.parquet(self.store.url(*self.folder, "phrasebook"))
-            stage.rows_in, stage.rows_out = _total(counts, IN_WINDOW), texts.num_texts
+            rows = reduce(DataFrame.unionByName, self._canonical())
+            counts = self._counts(rows)
+            read = sum(counts[0].values())
+            inside = sum(_total(one, IN_WINDOW) for one in counts)
+            stage.rows_in, stage.rows_out = read, inside
         with self.reporter.stage("history") as stage:
-            half = None if events is None else history.pack_events(events, texts, config, self.as_of)
-            other = None
-            if selected is not None and tokens is not None:
-                other = history.pack_snapshots(selected, tokens, texts, config)
-            packed = history.packed_history(half, other, config, self.as_of)
-            users, num_tokens, kept_events = self._write_history(packed)
-            kept.update(kept_events)
-            stage.rows_in, stage.rows_out = _total(counts, IN_WINDOW), users
+            packed = self._cache(history.pack(rows, config, self.windows))
+            totals = history.totals(packed, len(names) + 1)
+            self._write(history.histories(packed, self.windows), "history", ["bucket"], ["user_id"])
+            stage.rows_in, stage.rows_out = inside, sum(users for users, _, _ in totals.values())
+        with self.reporter.stage("phrasebook") as stage:
+            book = self._cache(history.phrasebook(packed, config))
+            texts = history.check_ids(book)
+            self._write(book, "phrasebook", [], [])
+            self._write_quarantine(packed, counts[0])
+            stage.rows_in, stage.rows_out = inside, sum(texts.values())
         indexes = {**dict(enumerate(names)), **({ROSTER: ROSTER_NAME} if config.users else {})}
-        return ExtractManifest(
-            extract_id=extract_id,
-            as_of=self.as_of.isoformat(),
-            created=datetime.now(UTC).isoformat(),
-            history_digest=config.history_digest(),
-            sources=list(names),
-            buckets=config.output.buckets,
-            users=users,
-            events=sum(kept.get(index, 0) for index, name in enumerate(names) if name in config.event_sources),
-            distinct_texts=texts.num_texts,
-            tokens=num_tokens,
-            counts={name: _source_counts(counts, index, kept.get(index, 0)) for index, name in indexes.items()},
-            seconds=round(time.monotonic() - started, 3),
-        )
+        manifests = []
+        for moment, (as_of, extract_id) in enumerate(zip(self.as_ofs, self.extract_ids, strict=True)):
+            users, tokens, kept = totals[moment]
+            mine = counts[moment]
+            manifest = ExtractManifest(
+                extract_id=extract_id,
+                as_of=as_of.isoformat(),
+                created=datetime.now(UTC).isoformat(),
+                history_digest=config.history_digest(),
+                sources=list(names),
+                buckets=config.output.buckets,
+                users=users,
+                events=sum(kept[index] for index, name in enumerate(names) if name in config.event_sources),
+                distinct_texts=texts.get(moment, 0),
+                tokens=tokens,
+                counts={name: _source_counts(mine, index, kept[index]) for index, name in indexes.items()},
+                seconds=round(time.monotonic() - started, 3),
+            )
+            manifests.append(manifest)
+        return manifests
 
-    def _canonical(self) -> tuple[DataFrame | None, DataFrame | None, _Counts, dict[int, int]]:
-        """Events and snapshots, cached; their rows by source and status; kept snapshots by source."""
-        spark, config = self.spark, self.config
-        events = [sources.canonical_events(spark, name, config, self.as_of) for name in config.event_sources]
-        snapshots = [sources.canonical_snapshots(spark, name, config, self.as_of) for name in config.tabular_sources]
+    def _canonical(self) -> list[DataFrame]:
+        """The rows of every source, in one shape."""
+        spark, config, windows = self.spark, self.config, self.windows
+        frames = [sources.canonical_events(spark, name, config, windows) for name in config.event_sources]
+        frames += [sources.canonical_snapshots(spark, name, config, windows) for name in config.tabular_sources]
         if config.users is not None:
-            snapshots.append(sources.canonical_roster(spark, config.users, config))
-        unions = [self._cache(reduce(DataFrame.unionByName, group)) if group else None for group in (events, snapshots)]
-        counts: _Counts = {} if unions[0] is None else sources.count_statuses(unions[0])
-        kept: dict[int, int] = {}
-        if unions[1] is not None:
-            snapshot_counts, kept = sources.count_snapshots(unions[1])
-            counts.update(snapshot_counts)
-        for index, (name, source) in enumerate(config.sources.items()):
-            read = sum(number for (src, _), number in counts.items() if src == index)
-            if not read and not source.allow_empty:
-                raw = sources.open_source(spark, f"source {name}", _without_conditions(source))
+            frames.append(sources.canonical_roster(spark, config.users, config, windows))
+        return frames
+
+    def _counts(self, rows: DataFrame) -> list[_Counts]:
+        """Counts the rows for each `as_of`; refuses tables without rows, and an `as_of` nobody is left for."""
+        found = sources.count_statuses(rows)
+        for index, (name, source) in enumerate(self.config.sources.items()):
+            if not source.allow_empty and not any(src == index for src, _, _ in found):
+                raw = sources.open_source(self.spark, f"source {name}", _without_conditions(source))
                 if raw.frame.isEmpty():
                     hint = "is the job that writes it done? `allow_empty: true` accepts it"
                     raise DataError(f"source {name}: table {source.table.location} has no rows", hint)
-        if not _total(counts, IN_WINDOW):
-            raise DataError(
-                f"no source has a row before {self.as_of.isoformat()} and inside its window, and no user is listed",
-                "check as_of, `history.days` and the `where` conditions",
-            )
-        return unions[0], unions[1], counts, kept
+        result = []
+        for moment, as_of in enumerate(self.as_ofs):
+            counts: _Counts = {}
+            for (src, status, cell), number in found.items():
+                verdict = self.windows.status(moment, src, cell) if status == IN_WINDOW else status
+                counts[src, verdict] = counts.get((src, verdict), 0) + number
+            if not _total(counts, IN_WINDOW):
+                raise DataError(
+                    f"no source has a row before {as_of.isoformat()} and inside its window, and no user is listed",
+                    "check as_of, `history.days` and the `where` conditions",
+                )
+            result.append(counts)
+        return result
 
-    def _write_quarantine(self, frames: list[DataFrame], counts: _Counts) -> None:
-        if any(status >= FIRST_QUARANTINED for _, status in counts):
-            rows = sources.quarantine(frames, self.config.source_names)
-            rows.write.parquet(self.store.url(*self.folder, "quarantine"))
+    def _write(self, rows: DataFrame, table: str, folders: list[str], order: list[str]) -> None:
+        """Writes one table of every extract; `rows` have a column `moment` that says which it is of."""
+        several = len(self.extract_ids) > 1
+        whole = ("extracts", self.extract_ids[0], f"{table}-of-all" if several else table)
+        rows, folders = (rows, ["moment", *folders]) if several else (rows.drop("moment"), folders)
+        if order:  # after the folders, or Spark would sort by them once more and lose it
+            rows = rows.sortWithinPartitions(*folders, *order)
+        rows.write.partitionBy(*folders).parquet(self.store.url(*whole))
+        if not several:
             return
-        folder = self.store.path(*self.folder, "quarantine")
-        self.store.fs.makedirs(folder, exist_ok=True)
-        pq.write_table(schema.QUARANTINE.empty_table(), f"{folder}/part-0.parquet", filesystem=self.store.fs)
+        for moment, extract_id in enumerate(self.extract_ids):
+            if self.store.exists(*whole, f"moment={moment}"):
+                self.store.move((*whole, f"moment={moment}"), ("extracts", extract_id, table))
+            else:
+                self._write_nothing(extract_id, table, schema.PHRASEBOOK)
+        self.store.remove(*whole)
 
-    def _write_history(self, packed: DataFrame) -> tuple[int, int, dict[int, int]]:
-        """Writes the packed history and reads back its users, tokens, and kept events by source."""
-        url = self.store.url(*self.folder, "history")
-        packed.sortWithinPartitions("bucket", "user_id").write.partitionBy("bucket").parquet(url)
-        sums = [F.sum(F.get("num_events", index)) for index in range(len(self.config.source_names))]
-        written = self.spark.read.schema(spark_schema(schema.PACKED_HISTORY)).parquet(url)
-        row = written.agg(F.count("*"), F.sum(F.size("text_id")), *sums).collect()[0]
-        names = enumerate(self.config.source_names)
-        kept = {index: int(row[2 + index]) for index, name in names if name in self.config.event_sources}
-        return int(row[0]), int(row[1]), kept
+    def _write_quarantine(self, packed: DataFrame, counts: _Counts) -> None:
+        refused = any(status >= FIRST_QUARANTINED for _, status in counts)
+        for extract_id in self.extract_ids:
+            if refused:
+                rows = history.quarantine(packed, self.config.source_names)
+                rows.write.parquet(self.store.url("extracts", extract_id, "quarantine"))
+            else:
+                self._write_nothing(extract_id, "quarantine", schema.QUARANTINE)
+
+    def _write_nothing(self, extract_id: str, table: str, columns: pa.Schema) -> None:
+        folder = self.store.path("extracts", extract_id, table)
+        self.store.fs.makedirs(folder, exist_ok=True)
+        pq.write_table(columns.empty_table(), f"{folder}/part-0.parquet", filesystem=self.store.fs)
 
     def _cache(self, frame: DataFrame) -> DataFrame:
         self.caches.append(frame.persist(StorageLevel.MEMORY_AND_DISK))
@@ -232,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m instructue_spark.extract", description=__doc__)
     parser.add_argument("--config", required=True, help="the project's instructue.yaml")
     parser.add_argument(
-        "--as-of", required=True, help="exclusive upper bound of event times, for example 2017-10-01T00:00:00Z"
+        "--as-of",
+        required=True,
+        action="append",
+        help="exclusive upper bound of event times, for example 2017-10-01T00:00:00Z; repeat for an extract each",
     )
     parser.add_argument("--extract-id", help="name of the extract; a new one by default")
     parser.add_argument("--cores", type=int, help="cores of a local session; all by default")
@@ -240,10 +282,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job(reporter: Reporter) -> dict[str, Any]:
         config = load_config(arguments.config)
-        as_of = parse_as_of(arguments.as_of)
-        extract_id = arguments.extract_id or new_id(as_of, config.history_digest(), datetime.now(UTC).isoformat())
+        as_ofs = [parse_as_of(one) for one in arguments.as_of]
+        if arguments.extract_id and len(as_ofs) > 1:
+            raise ConfigError("--extract-id names one extract", "leave it out, or pass one --as-of")
+        stamp = datetime.now(UTC).isoformat()
+        names = [arguments.extract_id or new_id(one, config.history_digest(), stamp) for one in as_ofs]
         spark = get_session(f"instructue extract {config.project}", cores=arguments.cores)
-        return to_json(run_extract(spark, config, as_of, extract_id=extract_id, reporter=reporter))
+        made = run_extracts(spark, config, as_ofs, extract_ids=names, reporter=reporter)
+        return to_json(made[0]) if len(made) == 1 else {"extracts": [to_json(one) for one in made]}
 
     return run_main(job)
 

@@ -1,10 +1,9 @@
-"""Templates as native Spark columns, and the one Python step of an extract: `normalise`, once per distinct text."""
+"""Templates as native Spark columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
-import pyarrow as pa
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -21,25 +20,6 @@ from pyspark.sql.types import (
 from instructue_feast.errors import SchemaError
 from instructue_feast.history import render
 from instructue_feast.template import MISSING_TEXT, Field, bucket_labels, parse_template
-from instructue_spark.io import emit
-
-RAW_TEXTS = pa.schema(
-    [
-        pa.field("src", pa.int32(), nullable=False),
-        pa.field("raw_id", pa.int64(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-    ]
-)
-"""Distinct texts as rendered; `src` is the position of the source in the config."""
-
-NORMALISED_TEXTS = pa.schema(
-    [
-        pa.field("raw_id", pa.int64(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("text_id", pa.int64(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-    ]
-)
 
 
 def column(name: str) -> Column:
@@ -90,39 +70,12 @@ def is_finite(value: Column) -> Column:
     return ~(F.isnan(value) | (F.abs(value) == F.lit(float("inf"))))
 
 
-def raw_text_id(source: Column, text: Column) -> Column:
-    """The native form of `render.text_id`."""
-    return F.xxhash64(source, text)
-
-
 def bucketize(value: Column, edges: tuple[int, ...]) -> Column:
     """The native form of `history.buckets.bucketize`: how many edges are at most the value."""
     result = F.when(value < F.lit(edges[0]), F.lit(0))
     for index, edge in enumerate(edges[1:], 1):
         result = result.when(value < F.lit(edge), F.lit(index))
     return result.otherwise(F.lit(len(edges)))
-
-
-def normaliser(names: tuple[str, ...]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The `mapInArrow` function from `RAW_TEXTS` to `NORMALISED_TEXTS`.
-
-    Args:
-        names: Sources in config order.
-    """
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            sources = [names[index] for index in batch.column("src").to_pylist()]
-            raw_ids, raw_texts = batch.column("raw_id").to_pylist(), batch.column("text").to_pylist()
-            texts = [render.normalise(text) for text in raw_texts]
-            ids = [
-                raw_id if text == raw else render.text_id(source, text)
-                for source, raw_id, raw, text in zip(sources, raw_ids, raw_texts, texts, strict=True)
-            ]
-            table = pa.table({"raw_id": raw_ids, "source": sources, "text_id": ids, "text": texts})
-            yield from emit(table, NORMALISED_TEXTS)
-
-    return run
 
 
 def _field(part: Field, kind: DataType, max_chars: int, where: str) -> Column:

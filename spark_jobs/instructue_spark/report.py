@@ -9,11 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from instructue_feast.errors import InstructueError, StoppedError
+from instructue_feast.telemetry import Telemetry
 
 STOPPED_HINT = "start it again; `instructue backfill --resume latest` goes on where a backfill was"
 BUG_HINT = "this is a bug or a failing cluster; the stack is in the job's log"
@@ -32,16 +35,22 @@ class Stage:
 class Reporter:
     """Writes one JSON object per line: `stage_started`, `progress`, `stage_done`, `result`, `error`.
 
+    Every line has the time it was written and the job's name. No line holds a user id or a text.
+
     Args:
         stream: Where to; the job's standard output by default. `None` keeps silent.
+        telemetry: Gets the stages as metrics and spans.
     """
 
     stream: TextIO | None = field(default_factory=lambda: sys.stdout)
+    telemetry: Telemetry | None = None
 
     def emit(self, event: str, **values: Any) -> None:
         """Writes one event."""
         if self.stream is not None:
-            self.stream.write(json.dumps({"event": event, **values}) + "\n")
+            stamp = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+            stamp |= {"job": self.telemetry.job} if self.telemetry else {}
+            self.stream.write(json.dumps({"event": event, **values, **stamp}) + "\n")
             self.stream.flush()
 
     @contextmanager
@@ -50,8 +59,13 @@ class Reporter:
         self.emit("stage_started", name=name)
         started = time.monotonic()
         stage = Stage(name)
-        yield stage
+        with self.telemetry.span(name) if self.telemetry else nullcontext() as span:
+            yield stage
+            if span is not None:
+                span.set_attributes({"rows_in": stage.rows_in, "rows_out": stage.rows_out})
         seconds = round(time.monotonic() - started, 3)
+        if self.telemetry is not None:
+            self.telemetry.stage(name, seconds, stage.rows_in, stage.rows_out)
         self.emit("stage_done", name=name, seconds=seconds, rows_in=stage.rows_in, rows_out=stage.rows_out)
 
     def progress(self, name: str, done: int, total: int, **values: Any) -> None:
@@ -68,29 +82,42 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
 
     Anything that might write to standard output by accident (the JVM, a library) is sent to standard error, so that the
     lines stay JSON. SIGTERM ends the job like an error, so that it removes what it has half written. An unexpected
-    exception is logged by its class and stack alone, because its message may quote a row.
+    exception is logged by its class and stack alone, because its message may quote a row. Metrics and spans go where
+    the environment says (`instructue_feast.telemetry`).
     """
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    reporter = Reporter(stream)
+    telemetry = Telemetry(Path(job.__code__.co_filename).stem)
+    reporter = Reporter(stream, telemetry)
     signal.signal(signal.SIGTERM, _terminate)
+    code, result = _run(job, reporter)
+    telemetry.finish(code, result)
+    for warning in telemetry.warnings:
+        reporter.emit("warning", message=warning)
+    if result is not None:
+        reporter.emit("result", value=result)
+    return code
+
+
+def _run(job: Callable[[Reporter], dict[str, Any]], reporter: Reporter) -> tuple[int, dict[str, Any] | None]:
+    """The exit code, and the result if there is one; an error is reported."""
+    assert reporter.telemetry is not None
     try:
-        result = job(reporter)
+        with reporter.telemetry.span(reporter.telemetry.job):
+            return 0, job(reporter)
     except InstructueError as error:
         reporter.error(error)
-        return error.exit_code
+        return error.exit_code, None
     except SystemExit as stop:
         if stop.code != StoppedError.exit_code:
             raise
         reporter.error(StoppedError("the job was told to stop (SIGTERM)", STOPPED_HINT))
-        return StoppedError.exit_code
+        return StoppedError.exit_code, None
     except Exception as error:
         stack = "".join(traceback.format_tb(error.__traceback__))
         sys.stderr.write(f"{type(error).__module__}.{type(error).__qualname__}, message withheld\n{stack}")
         reporter.emit("error", type="InstructueError", message=f"unexpected {type(error).__name__}", hint=BUG_HINT)
-        return InstructueError.exit_code
-    reporter.emit("result", value=result)
-    return 0
+        return InstructueError.exit_code, None
 
 
 def _terminate(*_: object) -> NoReturn:

@@ -1,8 +1,14 @@
 """Raw tables to canonical rows: user, time, text, and a verdict on every row, as native column expressions.
 
-Two shapes come out of here. *Events* (one row per event) and *snapshots* (one row per row of a tabular source, and of
-the roster, which is a snapshot without columns). Every row has a `status`; a row that does not count carries nulls
-elsewhere, so that caching the canonical table costs what the window holds and not what the lake holds.
+*Events* (one row per event) and *snapshots* (one row per row of a tabular source, and of the roster, which is a
+snapshot without columns) come out of here in one shape:
+
+    src, status, cell, user_hash, user_id, t, event_id, text, numeric, words
+
+`t` is in microseconds, `cell` numbers the piece of time it lies in (`windows`), `event_id` is of a snapshot the hash of
+its row, `numeric` an `array<float>` with NaN for what is missing (also for infinities), and `words` the rendered
+categorical values with nulls. Every row has a `status`. One that is outside all windows carries nulls elsewhere, a
+quarantined one its user, its time, and in `text` the JSON of the columns the source names.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ from instructue_feast.runs.tombstones import HASH_CHARS, Tombstones
 from instructue_spark import render
 from instructue_spark.io import read_table
 from instructue_spark.render import column
+from instructue_spark.windows import ROSTER, Windows, to_micros
 
 STATUSES = (
     "in_window", "at_or_after_as_of", "before_window", "null_user", "null_time", "impossible_time", "broken_value",
@@ -45,9 +52,6 @@ STATUSES = (
 
 IN_WINDOW = 0
 FIRST_QUARANTINED = STATUSES.index("null_user")
-ROSTER = -1
-"""`src` of roster rows; sources count from 0 in config order."""
-
 EARLIEST = datetime(1971, 1, 1, tzinfo=UTC)
 """Times before this are impossible: zero and near-zero epochs, the usual broken clocks, fall into 1970."""
 LATEST = datetime(2201, 1, 1, tzinfo=UTC)
@@ -60,13 +64,6 @@ _HASH = "__instructue_hash"
 BLANK = " \t\n\r\x0b\x0c"
 _QUARANTINE_VALUE_CHARS = 256
 _QUARANTINE_ROW_CHARS = 4096
-_DAY_US = 86_400_000_000
-
-
-def to_micros(moment: datetime) -> int:
-    """Microseconds since the epoch."""
-    delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,18 +110,14 @@ def open_source(
     return RawTable(frame, types, where)
 
 
-def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, as_of: datetime) -> DataFrame:
+def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, windows: Windows) -> DataFrame:
     """The rows of an event source.
 
     Args:
         spark: The session.
         name: Name of the source.
         config: The project.
-        as_of: Exclusive upper bound of event times.
-
-    Returns:
-        `src, status, bucket, user_id, t, event_id, raw_id, text, row`; `t` is in microseconds, `raw_id` the hash of the
-        source and the text before normalisation. `row` is set on quarantined rows only.
+        windows: When events count.
 
     Raises:
         DataError: Missing or unreadable table; as `SchemaError`: a missing column or one of a wrong type.
@@ -134,33 +127,29 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, a
     raw = open_source(spark, f"source {name}", source)
     raw.require(source.columns)
     user, time = _user_column(raw, source.user_id), _time_column(raw, source.time, source.time_zone)
-    start = to_micros(as_of) - config.source_days(name) * _DAY_US
+    src = config.source_names.index(name)
     status = (
         _quarantine_status(user, time, render.broken_value(source.text, raw.types))
-        .when(time >= F.lit(to_micros(as_of)), F.lit(1))
-        .when(time < F.lit(start), F.lit(2))
+        .when(time >= F.lit(windows.end_us), F.lit(1))
+        .when(time < F.lit(windows.first_us(src)), F.lit(2))
         .otherwise(F.lit(IN_WINDOW))
     )
     text = render.template_column(source.text, raw.types, config.history.max_text_chars, raw.where)
-    kept = F.col(_STATUS) == IN_WINDOW
-    judged = _judged(raw, config, status, user, time)
-    rendered = judged.select(
-        *_identity(config, name),
-        F.when(kept, _event_id(raw, source)).alias("event_id"),
-        F.when(kept, text).alias("text"),
-        _quarantined_row(raw, source.columns).alias("row"),
+    nothing = F.lit(None)
+    return _canonical(
+        _judged(raw, config, status, user, time),
+        src,
+        windows,
+        event_id=_event_id(raw, source),
+        text=text,
+        row=_row_json(raw, source.columns),
+        numeric=nothing.cast("array<float>"),
+        words=nothing.cast("array<string>"),
     )
-    raw_id = F.when(F.col("text").isNotNull(), render.raw_text_id(F.lit(name), F.col("text")))
-    return rendered.withColumn("raw_id", raw_id)
 
 
-def canonical_snapshots(spark: SparkSession, name: str, config: InstructueConfig, as_of: datetime) -> DataFrame:
+def canonical_snapshots(spark: SparkSession, name: str, config: InstructueConfig, windows: Windows) -> DataFrame:
     """The rows of a tabular source.
-
-    Returns:
-        `src, status, bucket, user_id, t, row_hash, numeric, texts, present, row`. `numeric` is `array<float>` with NaN
-        for what is missing (also for infinities), `texts` the rendered categorical values with nulls, `present` how
-        many of both are there.
 
     Raises:
         DataError: Missing or unreadable table; as `SchemaError`: a missing column or one of a wrong type.
@@ -173,64 +162,77 @@ def canonical_snapshots(spark: SparkSession, name: str, config: InstructueConfig
     time = _time_column(raw, source.time, source.time_zone) if source.time else F.lit(to_micros(EARLIEST))
     status = (
         _quarantine_status(user, time, F.lit(False))
-        .when(F.lit(source.time is not None) & (time >= F.lit(to_micros(as_of))), F.lit(1))
+        .when(F.lit(source.time is not None) & (time >= F.lit(windows.end_us)), F.lit(1))
         .otherwise(F.lit(IN_WINDOW))
     )
     numeric = [_numeric(raw, one) for columns in source.numeric_groups.values() for one in columns]
-    texts = [
+    words = [
         render.categorical_column(one, raw.types[one], config.history.max_text_chars, raw.where)
         for one in source.categorical
     ]
-    return _snapshots(raw, config, name, source.columns, status, (user, time), numeric, texts)
+    judged = _judged(raw, config, status, user, time)
+    return _snapshots(raw, judged, config.source_names.index(name), windows, source.columns, numeric, words)
 
 
-def canonical_roster(spark: SparkSession, users: UsersConfig, config: InstructueConfig) -> DataFrame:
-    """The roster in the shape of `canonical_snapshots`, with nothing in its arrays and `ROSTER` as `src`."""
+def canonical_roster(spark: SparkSession, users: UsersConfig, config: InstructueConfig, windows: Windows) -> DataFrame:
+    """The roster, as snapshots with nothing in their arrays and `ROSTER` as `src`."""
     raw = open_source(spark, "users", users)
     raw.require((users.user_id,))
     user, time = _user_column(raw, users.user_id), F.lit(to_micros(EARLIEST))
     status = _quarantine_status(user, time, F.lit(False)).otherwise(F.lit(IN_WINDOW))
-    return _snapshots(raw, config, None, (users.user_id,), status, (user, time), [], [])
-
-
-def quarantine(frames: list[DataFrame], names: tuple[str, ...]) -> DataFrame:
-    """The quarantine table (`schema.QUARANTINE`) of canonical rows; roster rows have the source `(roster)`."""
-    columns = ["src", "status", "user_id", "t", "row"]
-    rows = frames[0].select(*columns)
-    for frame in frames[1:]:
-        rows = rows.unionByName(frame.select(*columns))
-    return rows.where(F.col("status") >= FIRST_QUARANTINED).select(
-        F.get(F.array(*[F.lit(one) for one in ("(roster)", *names)]), F.col("src") + 1).alias("source"),
-        F.get(F.array(*[F.lit(one) for one in STATUSES]), F.col("status")).alias("reason"),
-        "user_id",
-        F.timestamp_micros("t").alias("event_time"),
-        "row",
-    )
+    return _snapshots(raw, _judged(raw, config, status, user, time), ROSTER, windows, (users.user_id,), [], [])
 
 
 def _snapshots(
     raw: RawTable,
-    config: InstructueConfig,
-    name: str | None,
+    judged: DataFrame,
+    src: int,
+    windows: Windows,
     columns: tuple[str, ...],
-    status: Column,
-    user_time: tuple[Column, Column],
     numeric: list[Column],
-    texts: list[Column],
+    words: list[Column],
 ) -> DataFrame:
-    values = F.array(*numeric).cast("array<float>")
-    words = F.array(*texts).cast("array<string>")
-    present = F.size(F.filter(F.col("numeric"), lambda one: ~F.isnan(one)))
-    present = present + F.size(F.filter(F.col("texts"), lambda one: one.isNotNull()))
-    kept = F.col(_STATUS) == IN_WINDOW
-    judged = _judged(raw, config, status, *user_time)
+    return _canonical(
+        judged,
+        src,
+        windows,
+        event_id=_row_hash(raw, columns),
+        text=F.lit(None).cast("string"),
+        row=_row_json(raw, columns),
+        numeric=F.array(*numeric).cast("array<float>"),
+        words=F.array(*words).cast("array<string>"),
+    )
+
+
+def _canonical(
+    judged: DataFrame,
+    src: int,
+    windows: Windows,
+    *,
+    event_id: Column,
+    text: Column,
+    row: Column,
+    numeric: Column,
+    words: Column,
+) -> DataFrame:
+    """Judged rows in the common shape."""
+    kept, refused = F.col(_STATUS) == IN_WINDOW, F.col(_STATUS) >= FIRST_QUARANTINED
+    user, time = F.col(_USER), F.col(_TIME)
+    edges = windows.edges_us(src)
+    cell = F.when(kept, render.bucketize(time, edges)).otherwise(F.lit(0)) if edges else F.lit(0)
     return judged.select(
-        *_identity(config, name),
-        F.when(kept, _row_hash(raw, columns)).alias("row_hash"),
-        F.when(kept, values).alias("numeric"),
-        F.when(kept, words).alias("texts"),
-        _quarantined_row(raw, columns).alias("row"),
-    ).withColumn("present", present)
+        F.lit(src).alias("src"),
+        F.col(_STATUS).alias("status"),
+        cell.alias("cell"),
+        # A quarantined row may have no user; they are spread by what else they hold.
+        F.when(kept, F.xxhash64(user)).when(refused, F.xxhash64(row)).alias("user_hash"),
+        F.when(kept, user).when(refused, F.make_valid_utf8(user)).alias("user_id"),
+        F.when(kept | refused, time).alias("t"),
+        F.when(kept, event_id).alias("event_id"),
+        F.when(kept, text).when(refused, row).alias("text"),
+        F.when(kept, numeric).alias("numeric"),
+        F.when(kept, words).alias("words"),
+    )
 
 
 def _judged(raw: RawTable, config: InstructueConfig, status: Column, user: Column, time: Column) -> DataFrame:
@@ -247,25 +249,6 @@ def without_erased(frame: DataFrame, user: str, config: InstructueConfig) -> Dat
     hashes = frame.sparkSession.createDataFrame([(one,) for one in sorted(erased.user_hashes)], f"{_HASH} string")
     hashed = frame.withColumn(_HASH, F.substring(F.sha2(F.concat(F.lit(erased.salt), F.col(user)), 256), 1, HASH_CHARS))
     return hashed.join(F.broadcast(hashes), _HASH, "left_anti").drop(_HASH)
-
-
-def _identity(config: InstructueConfig, name: str | None) -> list[Column]:
-    """`src, status, bucket, user_id, t` of judged rows."""
-    src = ROSTER if name is None else config.source_names.index(name)
-    kept, refused = F.col(_STATUS) == IN_WINDOW, F.col(_STATUS) >= FIRST_QUARANTINED
-    user, time = F.col(_USER), F.col(_TIME)
-    return [
-        F.lit(src).alias("src"),
-        F.col(_STATUS).alias("status"),
-        F.when(kept, bucket_of(user, config.output.buckets)).alias("bucket"),
-        F.when(kept, user).when(refused, F.make_valid_utf8(user)).alias("user_id"),
-        F.when(kept | refused, time).alias("t"),
-    ]
-
-
-def bucket_of(user_id: Column, buckets: int) -> Column:
-    """The bucket of a user: `pmod(xxhash64(user_id), buckets)`."""
-    return F.pmod(F.xxhash64(user_id), F.lit(buckets)).cast("int")
 
 
 def _quarantine_status(user: Column, time: Column, broken: Column) -> Column:
@@ -349,26 +332,18 @@ def _row_hash(raw: RawTable, names: tuple[str, ...]) -> Column:
     return F.xxhash64(*pieces)
 
 
-def _quarantined_row(raw: RawTable, names: tuple[str, ...]) -> Column:
-    """JSON of the named columns of a quarantined row, for whoever mends the table."""
+def _row_json(raw: RawTable, names: tuple[str, ...]) -> Column:
+    """JSON of the named columns of a row, for whoever mends the table."""
     values = []
     for name in names:
         text = F.left(column(name).cast("string"), F.lit(_QUARANTINE_VALUE_CHARS))
         values.append(
             (F.make_valid_utf8(text) if isinstance(raw.types[name], StringType | BinaryType) else text).alias(name)
         )
-    document = F.to_json(F.struct(*values), {"ignoreNullFields": "false"})
-    return F.when(F.col(_STATUS) >= FIRST_QUARANTINED, F.left(document, F.lit(_QUARANTINE_ROW_CHARS)))
+    return F.left(F.to_json(F.struct(*values), {"ignoreNullFields": "false"}), F.lit(_QUARANTINE_ROW_CHARS))
 
 
-def count_statuses(frame: DataFrame) -> dict[tuple[int, int], int]:
-    """Rows by `(src, status)`."""
-    rows = frame.groupBy("src", "status").count().collect()
-    return {(int(src), int(status)): int(number) for src, status, number in rows}
-
-
-def count_snapshots(frame: DataFrame) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
-    """Rows by `(src, status)`, and users in the window by `src`."""
-    rows = frame.groupBy("src", "status").agg(F.count("*"), F.count_distinct("user_id")).collect()
-    counts = {(int(src), int(status)): int(number) for src, status, number, _ in rows}
-    return counts, {int(src): int(users) for src, status, _, users in rows if status == IN_WINDOW}
+def count_statuses(frame: DataFrame) -> dict[tuple[int, int, int], int]:
+    """Rows by `(src, status, cell)`."""
+    rows = frame.groupBy("src", "status", "cell").count().collect()
+    return {(int(src), int(status), int(cell)): int(number) for src, status, cell, number in rows}

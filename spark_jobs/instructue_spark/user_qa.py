@@ -40,12 +40,12 @@ from instructue_spark.claim import claimed
 from instructue_spark.io import spark_errors, spark_schema
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session, settle
-from instructue_spark.sources import to_micros
 from instructue_spark.user_qa_check import check_sample
 from instructue_spark.user_qa_events import DAY_US, Events, check_columns, read_events, read_snapshots
 from instructue_spark.user_qa_extracts import find_extracts
 from instructue_spark.user_qa_generated import FAMILY, Generated, generate
 from instructue_spark.user_qa_labels import Family, Labeller, Spans
+from instructue_spark.windows import to_micros
 
 _KEY = ["user_id", "i"]
 

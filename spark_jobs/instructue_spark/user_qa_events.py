@@ -18,7 +18,8 @@ from instructue_feast.question_specs import AttributeSpec, FavouriteSpec, Occurs
 from instructue_feast.user_qa.questions import PARTS_OF_DAY, WEEKDAYS, WEEKEND
 from instructue_spark import render, sources
 from instructue_spark.render import column
-from instructue_spark.sources import FIRST_QUARANTINED, STATUSES, RawTable, to_micros
+from instructue_spark.sources import FIRST_QUARANTINED, STATUSES, RawTable
+from instructue_spark.windows import to_micros
 
 DAY_US = 86_400_000_000
 MAX_SUBJECT_CHARS = 120

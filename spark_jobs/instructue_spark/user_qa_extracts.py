@@ -11,7 +11,7 @@ from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import ConfigError, VersionMismatchError, did_you_mean
 from instructue_feast.runs.manifest import ExtractManifest, from_json, new_id
 from instructue_feast.runs.store import OutputStore
-from instructue_spark.extract import run_extract
+from instructue_spark.extract import run_extracts
 from instructue_spark.report import Reporter
 
 
@@ -23,7 +23,7 @@ def find_extracts(
     store: OutputStore,
     reporter: Reporter,
 ) -> list[ExtractManifest]:
-    """A finished extract for every `as_of`: a given one, the newest that fits, or a new one.
+    """A finished extract for every `as_of`: a given one, the newest that fits, or a new one; new ones share a pass.
 
     Args:
         spark: The session.
@@ -53,15 +53,14 @@ def find_extracts(
     wrong = [one.extract_id for one in named if datetime.fromisoformat(one.as_of) not in as_ofs]
     if wrong:
         raise ConfigError(f"extracts {wrong} belong to none of the as_ofs", "pass only extracts of these as_ofs")
-    result = []
-    for number, as_of in enumerate(as_ofs):
-        if as_of not in by_moment:
-            name = new_id(as_of, digest, datetime.now(UTC).isoformat())
-            run = run_extract(spark, config, as_of, extract_id=name, reporter=Reporter(stream=None))
-            by_moment[as_of] = run
-        result.append(by_moment[as_of])
-        reporter.progress("extracts", number + 1, len(as_ofs))
-    return result
+    missing = [one for one in as_ofs if one not in by_moment]
+    if missing:
+        stamp = datetime.now(UTC).isoformat()
+        names = [new_id(one, digest, stamp) for one in missing]
+        made = run_extracts(spark, config, missing, extract_ids=names, reporter=Reporter(stream=None))
+        by_moment |= dict(zip(missing, made, strict=True))
+    reporter.progress("extracts", len(as_ofs), len(as_ofs))
+    return [by_moment[one] for one in as_ofs]
 
 
 def _manifest(store: OutputStore, name: str) -> ExtractManifest:

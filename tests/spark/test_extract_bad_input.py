@@ -11,12 +11,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import ConfigError, DataError, InstructueError, RunConflictError, SchemaError, StorageError
 from instructue_feast.runs.manifest import ExtractManifest
-from instructue_spark import history, render
+from instructue_spark import history
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter
 from tests.oracles.extracts import read_extract
@@ -178,7 +177,7 @@ def test_an_interrupted_extract_leaves_nothing_and_a_usable_session(spark, lake:
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(history, "packed_history", interrupt)
+    monkeypatch.setattr(history, "histories", interrupt)
     config = write_config(lake, {"bill": event_source("bill")})
     with pytest.raises(KeyboardInterrupt):
         extract(spark, config)
@@ -187,7 +186,7 @@ def test_an_interrupted_extract_leaves_nothing_and_a_usable_session(spark, lake:
 
 
 def test_two_texts_with_the_same_id_are_refused(spark, lake: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(render, "raw_text_id", lambda source, text: F.length(text).cast("bigint"))
+    monkeypatch.setattr(history, "text_id", lambda source, text: len(text))
     message = refused(spark, write_config(lake, {"bill": event_source("bill")}), DataError)
     assert "same 64-bit id" in message
 

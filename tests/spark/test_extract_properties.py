@@ -155,7 +155,7 @@ def test_the_command_line_job_reports_stages_and_the_manifest(
         code, lines = _run(tmp_path, arguments)
     assert code == 0
     done = [line["name"] for line in lines if line["event"] == "stage_done"]
-    assert done == ["sources", "phrasebook", "history"]
+    assert done == ["sources", "history", "phrasebook"]
     assert lines[-1]["event"] == "result"
     assert ExtractManifest(**lines[-1]["value"]).extract_id == "job"
     _check_finished(config)

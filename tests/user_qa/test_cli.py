@@ -10,20 +10,20 @@ import pytest
 
 from instructue_feast.cli.jobs import JobResult
 from instructue_feast.cli.main import main
-from instructue_feast.cli.qa import _moments
+from instructue_feast.cli.moments import moments
 from instructue_feast.errors import ConfigError
 from tests.user_qa.data_sets import write_data_set
 from tests.user_qa.test_questions import GONE, config_with
 
 
 def test_points_in_time_are_steps_and_single_ones_each_once():
-    moments = _moments("2017-03-15", "2017-04-13", "2w", ["2017-03-29", "2017-03-20T12:00:00+02:00"])
-    assert [one.isoformat() for one in moments] == [
+    found = moments("2017-03-15", "2017-04-13", "2w", ["2017-03-29", "2017-03-20T12:00:00+02:00"])
+    assert [one.isoformat() for one in found] == [
         "2017-03-15T00:00:00+00:00", "2017-03-20T10:00:00+00:00", "2017-03-29T00:00:00+00:00",
         "2017-04-12T00:00:00+00:00",
     ]  # fmt: skip
-    assert _moments("2017-03-15", "2017-03-15", "14d", None) == [datetime(2017, 3, 15, tzinfo=UTC)]
-    assert _moments(None, None, "14d", None) == []
+    assert moments("2017-03-15", "2017-03-15", "14d", None) == [datetime(2017, 3, 15, tzinfo=UTC)]
+    assert moments(None, None, "14d", None) == []
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_points_in_time_are_steps_and_single_ones_each_once():
 )
 def test_wrong_points_in_time_are_refused(arguments, message: str):
     with pytest.raises(ConfigError, match=message):
-        _moments(*arguments)
+        moments(*arguments)
 
 
 def test_what_is_missing_is_said_before_spark_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

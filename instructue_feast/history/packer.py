@@ -1,0 +1,414 @@
+"""`Packer`: the events and snapshots of one user after the other become packed histories and texts.
+
+Rows come sorted by user, so a user is finished when the next one begins. Whatever a user did, memory stays bounded:
+the rows of one that has very many are folded into counts per distinct text as soon as their ids cannot repeat any more.
+
+Several `as_of`s are packed from the same rows; each sees only its own window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from instructue_feast.history import render
+from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES, bucketize
+
+# N = rows of a chunk, T = tokens, U = users, S = sources, K = S + 1 slots (the roster is slot 0), M = as_ofs
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+USER, TEXT, REFUSED = 0, 1, 2
+"""Kinds of packed rows."""
+
+PACKED_ROWS = pa.schema(
+    [
+        pa.field("kind", pa.int32(), nullable=False),
+        pa.field("moment", pa.int32(), nullable=False),
+        pa.field("bucket", pa.int32()),
+        pa.field("user_id", pa.string()),
+        pa.field("source_index", pa.list_(pa.int32())),
+        pa.field("text_id", pa.list_(pa.int64())),
+        pa.field("count_bucket", pa.list_(pa.int32())),
+        pa.field("age_bucket", pa.list_(pa.int32())),
+        pa.field("num_events", pa.list_(pa.int32())),
+        pa.field("tabular_numeric", pa.list_(pa.float32())),
+        pa.field("kept", pa.list_(pa.int32())),
+        pa.field("src", pa.int32()),
+        pa.field("status", pa.int32()),
+        pa.field("t", pa.int64()),
+        pa.field("id", pa.int64()),
+        pa.field("text", pa.string()),
+    ]
+)
+"""What a packer makes: one row per user and `as_of` (`kept`: rows of each slot that count), per source, text and
+`as_of`, and per refused row; `moment` is the position of the `as_of`, 0 for refused rows."""
+
+_DAY_US = 86_400_000_000
+_AGE_EDGES_US = tuple(edge * _DAY_US for edge in AGE_EDGES_DAYS)
+_CHUNK_ROWS = 1 << 16
+_MAX_TAIL_ROWS = 1 << 18
+_MAX_TEXTS = 200_000
+_ROWS = ("user_hash", "user_id", "src", "t", "event_id", "numeric", "words")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackLayout:
+    """What a packer must know about the project.
+
+    Attributes:
+        names: S sources in config order.
+        is_event: Whether each is an event source; the others hold snapshots.
+        caps: Most texts of each event source, 0 for a tabular one.
+        by_frequency: Whether the most frequent texts of a source are kept, instead of the most recent.
+        numeric_widths: Numeric columns of each source, 0 for an event source.
+        as_of_us: M points in time, in microseconds.
+        start_us: `[M][S]` where the window of each source begins.
+        buckets: Buckets of users.
+        first_refused: Rows with this status or a greater one are passed on as refused.
+    """
+
+    names: tuple[str, ...]
+    is_event: tuple[bool, ...]
+    caps: tuple[int, ...]
+    by_frequency: tuple[bool, ...]
+    numeric_widths: tuple[int, ...]
+    as_of_us: tuple[int, ...]
+    start_us: tuple[tuple[int, ...], ...]
+    buckets: int
+    first_refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Distinct texts of groups, a group being a user and a slot: how often, and when last."""
+
+    group: Ints
+    text: Ints
+    count: Ints
+    last: Ints
+
+    def where(self, kept: Mask | Ints) -> _Tokens:
+        return _Tokens(self.group[kept], self.text[kept], self.count[kept], self.last[kept])
+
+
+class _Rows:
+    """Rows of users as arrays."""
+
+    def __init__(self, table: pa.Table, slots: int) -> None:
+        self.table = table
+        self.starts = _user_starts(table)
+        user = np.cumsum(self.starts) - 1
+        self.slot: Ints = _numbers(table, "src") + 1
+        self.group: Ints = user * slots + self.slot
+        self.t, self.event, self.text = (_numbers(table, name) for name in ("t", "event_id", "text_id"))
+
+
+class Packer:
+    """Packs the rows of one partition.
+
+    Args:
+        layout: The project.
+        identify: Makes the id of a source's text.
+    """
+
+    def __init__(self, layout: PackLayout, identify: Callable[[str, str], int] = render.text_id) -> None:
+        self._layout, self._identify = layout, identify
+        self._slots = len(layout.names) + 1
+        self._is_event = np.array([False, *layout.is_event])
+        unbounded = np.iinfo(np.int64).min
+        self._starts = np.array([[unbounded, *one] for one in layout.start_us], np.int64)
+        self._numeric_at = np.cumsum([0, 0, *layout.numeric_widths])  # by slot
+        self._texts: dict[tuple[int, str], list[int]] = {}  # text id, and the as_ofs it was handed out for, as bits
+        self._tail: pa.Table | None = None
+        self._folded: list[list[_Tokens]] = [[] for _ in layout.as_of_us]  # of the user the tail begins with
+
+    def pack(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+        """Packs rows sorted by `user_hash, user_id, src, event_id`.
+
+        Args:
+            batches: `user_hash, user_id, src, status, t, event_id, text, numeric, words`; `src` is -1 for the roster,
+                `event_id` the hash of the row for snapshots, `text` the JSON of a refused row.
+
+        Yields:
+            Tables of `PACKED_ROWS`.
+        """
+        waiting: list[pa.RecordBatch] = []
+        for batch in batches:
+            waiting.append(batch)
+            if sum(one.num_rows for one in waiting) >= _CHUNK_ROWS:
+                yield from self._arrive(pa.Table.from_batches(waiting))
+                waiting = []
+        if waiting:
+            yield from self._arrive(pa.Table.from_batches(waiting))
+        if self._tail is not None:
+            yield from self._users(self._tail)
+
+    def _arrive(self, table: pa.Table) -> Iterator[pa.Table]:
+        refused = pc.greater_equal(table.column("status"), self._layout.first_refused)
+        if pc.any(refused).as_py():
+            one = table.filter(refused)
+            columns = {name: one.column(name) for name in ("user_id", "src", "status", "t", "text")}
+            yield _packed_rows(REFUSED, 0, len(one), **columns)
+            table = table.filter(pc.invert(refused))
+        slot, t = _numbers(table, "src") + 1, _numbers(table, "t")
+        inside = [self._in_window(moment, slot, t) for moment in range(len(self._starts))]
+        ids, texts = self._text_ids(slot, table.column("text"), dict(enumerate(inside)))
+        if texts is not None:
+            yield texts
+        rows = table.select(_ROWS).append_column("text_id", pa.array(ids))
+        rows = rows if self._tail is None else pa.concat_tables([self._tail, rows])
+        starts = np.flatnonzero(_user_starts(rows))
+        if not len(starts):
+            return
+        last = int(starts[-1])
+        if last:
+            yield from self._users(rows.slice(0, last))
+        self._tail = self._bounded(rows.slice(last).combine_chunks())
+
+    def _in_window(self, moment: int, slot: Ints, t: Ints) -> Mask:
+        return np.asarray((t < self._layout.as_of_us[moment]) & (t >= self._starts[moment][slot]))
+
+    # -------------------------------------------------------------------------------------------------------- texts
+
+    def _text_ids(self, slot: Ints, texts: pa.ChunkedArray, inside: dict[int, Mask]) -> tuple[Ints, pa.Table | None]:
+        """`[N]` ids of texts, and rows for those that were not handed out yet for an `as_of` they belong to."""
+        if len(self._texts) > _MAX_TEXTS:  # handing a text out twice is harmless
+            self._texts.clear()
+        encoded = texts.combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        words = encoded.dictionary.to_pylist()
+        valid = np.asarray(encoded.indices.is_valid())
+        pair = np.asarray(encoded.indices.fill_null(0)).astype(np.int64) * self._slots + slot
+        ids = np.zeros(max(1, len(words)) * self._slots, np.int64)
+        there = {moment: np.bincount(pair[mask & valid], minlength=len(ids)) > 0 for moment, mask in inside.items()}
+        new: list[tuple[int, int, int, str]] = []
+        for one in np.flatnonzero(np.logical_or.reduce(list(there.values()))).tolist():
+            wanted = sum(1 << moment for moment, flags in there.items() if flags[one])
+            key = (one % self._slots, words[one // self._slots])
+            entry = self._texts.get(key)
+            if entry is None or wanted & ~entry[1]:
+                source, text = self._layout.names[key[0] - 1], render.normalise(key[1])
+                entry = self._texts.setdefault(key, [self._identify(source, text), 0])
+                missing = wanted & ~entry[1]
+                new += [(moment, key[0] - 1, entry[0], text) for moment in inside if missing >> moment & 1]
+                entry[1] |= wanted
+            ids[one] = entry[0]
+        if not new:
+            return ids[pair], None
+        columns = [list(column) for column in zip(*new, strict=True)]
+        texts_of = dict(zip(("src", "id", "text"), columns[1:], strict=True))
+        return ids[pair], _packed_rows(TEXT, columns[0], len(new), **texts_of)
+
+    # -------------------------------------------------------------------------------------------- rows that count
+
+    def _events(self, rows: _Rows, moment: int) -> Ints:
+        """Positions of the events of an `as_of`, each once: the greatest time wins, then the smallest text id."""
+        inside = np.flatnonzero(self._in_window(moment, rows.slot, rows.t) & self._is_event[rows.slot])
+        if len(inside) < 2:
+            return inside
+        group, event = rows.group[inside], rows.event[inside]
+        new = np.concatenate([[True], (group[1:] != group[:-1]) | (event[1:] != event[:-1])])
+        if new.all():
+            return inside
+        run = np.cumsum(new)
+        repeated = np.bincount(run)[run] > 1
+        copies, run = inside[repeated], run[repeated]
+        order = np.lexsort((rows.text[copies], -rows.t[copies], run))
+        best = order[np.concatenate([[True], run[order][1:] != run[order][:-1]])]
+        return np.sort(np.concatenate([inside[~repeated], copies[best]]))
+
+    def _snapshots(self, rows: _Rows, moment: int) -> Ints:
+        """Positions of the snapshots of an `as_of`: the latest of each group, then the smallest hash."""
+        inside = np.flatnonzero(self._in_window(moment, rows.slot, rows.t) & ~self._is_event[rows.slot])
+        order = inside[np.lexsort((rows.event[inside], -rows.t[inside], rows.group[inside]))]
+        return order[_changes(rows.group[order])]
+
+    def _bounded(self, tail: pa.Table) -> pa.Table:
+        """The rows of a user who may go on; of very many, most are folded into counts."""
+        if len(tail) <= _MAX_TAIL_ROWS:
+            return tail
+        rows = _Rows(tail, self._slots)
+        same = (rows.group == rows.group[-1]) & (rows.event == rows.event[-1])  # more copies may come
+        kept = [np.flatnonzero(same)[-1:]]
+        for moment, folded in enumerate(self._folded):
+            events = self._events(rows, moment)
+            kept += [events[same[events]], self._snapshots(rows, moment)]
+            events = events[~same[events]]
+            folded.append(_merged(_counted(rows, events), *folded))
+            del folded[:-1]
+        return tail.take(pa.array(np.unique(np.concatenate(kept))))
+
+    # ------------------------------------------------------------------------------------------------------ packing
+
+    def _users(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Packs users who are complete."""
+        rows = _Rows(table.combine_chunks(), self._slots)
+        for moment, folded in enumerate(self._folded):
+            tokens = _counted(rows, self._events(rows, moment))
+            if folded:
+                tokens = _merged(tokens, *folded)
+                folded.clear()
+            yield from self._packed(rows, moment, tokens, self._snapshots(rows, moment))
+
+    def _packed(self, rows: _Rows, moment: int, tokens: _Tokens, snapshots: Ints) -> Iterator[pa.Table]:
+        slots = self._slots
+        first = _changes(tokens.group)
+        groups = tokens.group[first]
+        totals = np.add.reduceat(tokens.count, first) if len(first) else np.empty(0, np.int64)
+        owner = rows.group[snapshots]
+        users = np.unique(np.concatenate([groups, owner]) // slots)
+        if not len(users):
+            return
+        kept_UK = np.zeros((len(users), slots), np.int32)
+        kept_UK[np.searchsorted(users, groups // slots), groups % slots] = totals
+        kept_UK[np.searchsorted(users, owner // slots), owner % slots] = 1
+        num_events_UK = np.where(self._is_event, kept_UK, 0).astype(np.int32)
+        numeric_UC = np.full((len(users), self._numeric_at[-1]), np.nan, np.float32)
+        words, texts = self._tabular(rows, moment, snapshots, users, num_events_UK, numeric_UC)
+        if texts is not None:
+            yield texts
+        tokens = self._capped(tokens, first)
+        age = bucketize(self._layout.as_of_us[moment] - tokens.last, _AGE_EDGES_US)
+        group, place, text = (
+            np.concatenate(pair) for pair in zip((tokens.group, tokens.last, tokens.text), words, strict=True)
+        )
+        none = np.zeros(len(words[0]), np.int32)
+        order = np.lexsort((text, place, group))
+        ends = np.searchsorted(group[order] // slots, users, side="right").astype(np.int32)
+        offsets = np.concatenate([np.zeros(1, np.int32), ends])
+        columns = {
+            "source_index": (group[order] % slots - 1).astype(np.int32),
+            "text_id": text[order],
+            "count_bucket": np.concatenate([bucketize(tokens.count, COUNT_EDGES), none])[order],
+            "age_bucket": np.concatenate([age, none])[order],
+        }
+        at = pa.array(np.flatnonzero(rows.starts)[users])
+        hashes = rows.table.column("user_hash").take(at).to_numpy()
+        yield _packed_rows(
+            USER, moment, len(users),
+            bucket=(hashes % self._layout.buckets).astype(np.int32),
+            user_id=rows.table.column("user_id").take(at),
+            **{name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for name, values in columns.items()},
+            num_events=_lists(num_events_UK[:, 1:]), tabular_numeric=_lists(numeric_UC), kept=_lists(kept_UK),
+        )  # fmt: skip
+
+    def _tabular(
+        self, rows: _Rows, moment: int, snapshots: Ints, users: Ints, num_events_UK: Any, numeric_UC: Any
+    ) -> tuple[tuple[Ints, Ints, Ints], pa.Table | None]:
+        """Fills in numbers and how many values are present; returns `group, place, text_id` of the words."""
+        snapshots = snapshots[rows.slot[snapshots] > 0]
+        group, slot = rows.group[snapshots], rows.slot[snapshots]
+        at = np.searchsorted(users, group // self._slots)
+        picked = rows.table.take(pa.array(snapshots))
+        numeric = picked.column("numeric").combine_chunks()
+        for one in np.unique(slot).tolist():
+            mine = np.flatnonzero(slot == one)
+            first, end = int(self._numeric_at[one]), int(self._numeric_at[one + 1])
+            values = numeric.take(pa.array(mine)).flatten().to_numpy(zero_copy_only=False)
+            values = values.reshape(len(mine), end - first)
+            numeric_UC[at[mine], first:end] = values
+            num_events_UK[at[mine], one] = (~np.isnan(values)).sum(axis=1)
+        lists = picked.column("words").combine_chunks()
+        parent = np.asarray(pc.list_parent_indices(lists)).astype(np.int64)
+        values = lists.flatten()
+        place = np.arange(len(parent)) - np.searchsorted(parent, parent)
+        there = np.asarray(values.is_valid())
+        ids, texts = self._text_ids(slot[parent], pa.chunked_array([values]), {moment: there})
+        np.add.at(num_events_UK, (at[parent[there]], slot[parent[there]]), 1)
+        return (group[parent[there]], place[there], ids[there]), texts
+
+    def _capped(self, tokens: _Tokens, first: Ints) -> _Tokens:
+        """The texts of each group that are worth most, as many as its source may have."""
+        sizes = np.diff(np.append(first, len(tokens.group)))
+        slot = tokens.group[first] % self._slots
+        caps = np.array([0, *self._layout.caps])[slot]
+        over = np.repeat(sizes > caps, sizes)
+        if not over.any():
+            return tokens
+        crowd = tokens.where(over)
+        frequent = np.array([False, *self._layout.by_frequency])[crowd.group % self._slots]
+        worth = np.where(frequent, crowd.count, crowd.last)
+        second = np.where(frequent, crowd.last, crowd.count)
+        order = np.lexsort((crowd.text, -second, -worth, crowd.group))
+        crowd = crowd.where(order)
+        start = _changes(crowd.group)
+        length = np.diff(np.append(start, len(crowd.group)))
+        rank = np.arange(len(crowd.group)) - np.repeat(start, length)
+        best = crowd.where(rank < np.repeat(caps[sizes > caps], length))
+        rest = tokens.where(~over)
+        return _Tokens(*(np.concatenate(pair) for pair in zip(_fields(rest), _fields(best), strict=True)))
+
+
+def _fields(tokens: _Tokens) -> tuple[Ints, Ints, Ints, Ints]:
+    return tokens.group, tokens.text, tokens.count, tokens.last
+
+
+def _counted(rows: _Rows, events: Ints) -> _Tokens:
+    one = np.ones(len(events), np.int64)
+    return _merged(_Tokens(rows.group[events], rows.text[events], one, rows.t[events]))
+
+
+def _merged(*parts: _Tokens) -> _Tokens:
+    """Adds up what is known of the same text in the same group; sorted by both."""
+    group, text, count, last = (np.concatenate(columns) for columns in zip(*map(_fields, parts), strict=True))
+    if not len(group):
+        return _Tokens(group, text, count, last)
+    order = np.lexsort((text, group))
+    group, text = group[order], text[order]
+    first = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]) | (text[1:] != text[:-1])]))
+    return _Tokens(
+        group[first], text[first], np.add.reduceat(count[order], first), np.maximum.reduceat(last[order], first)
+    )
+
+
+def _changes(values: Ints) -> Ints:
+    """Where each run of equal values begins."""
+    if not len(values):
+        return np.empty(0, np.int64)
+    return np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+
+
+def _user_starts(table: pa.Table) -> Mask:
+    """Whether each row is the first of its user."""
+    users = table.column("user_id")
+    if not len(users):
+        return np.zeros(0, np.bool_)
+    differs = pc.not_equal(users.slice(1), users.slice(0, len(users) - 1))
+    return np.concatenate([[True], differs.to_numpy()]).astype(np.bool_)
+
+
+def _numbers(table: pa.Table, name: str) -> Ints:
+    """A column as int64, nulls as 0."""
+    column = table.column(name)
+    if column.null_count:
+        column = pc.fill_null(column, 0)
+    return np.asarray(column.to_numpy()).astype(np.int64, copy=False)
+
+
+def _lists(matrix: npt.NDArray[Any]) -> pa.ListArray:
+    width = matrix.shape[1]
+    offsets = np.arange(len(matrix) + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(matrix).ravel()))
+
+
+def _packed_rows(kind: int, moment: int | Sequence[int], rows: int, **columns: Any) -> pa.Table:
+    """A table of `PACKED_ROWS` with nulls for what is not given."""
+    given = {"kind": np.full(rows, kind, np.int32), "moment": np.full(rows, moment, np.int32), **columns}
+    arrays = [
+        pa.nulls(rows, field.type) if field.name not in given else _as(given[field.name], field.type)
+        for field in PACKED_ROWS
+    ]
+    return pa.Table.from_arrays(arrays, schema=PACKED_ROWS)
+
+
+def _as(values: Any, kind: pa.DataType) -> Any:
+    return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)

@@ -1,0 +1,111 @@
+"""Packing: neither the chunks rows are cut into nor other `as_of`s packed at once change a history."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instructue_feast.history import packer
+from instructue_feast.history.packer import REFUSED, TEXT, USER, Packer, PackLayout
+from instructue_feast.history.render import text_id
+
+ROWS = pa.schema(
+    [
+        ("user_hash", pa.int64()),
+        ("user_id", pa.string()),
+        ("src", pa.int32()),
+        ("status", pa.int32()),
+        ("t", pa.int64()),
+        ("event_id", pa.int64()),
+        ("text", pa.string()),
+        ("numeric", pa.list_(pa.float32())),
+        ("words", pa.list_(pa.string())),
+    ]
+)
+DAY = 86_400_000_000
+ALWAYS = -(1 << 62)
+HASHES = {"ann": -7, "bob": 5, "bop": 5, "eve": 12}  # bob and bop have the same hash
+
+
+def layout(*as_ofs: int) -> PackLayout:
+    """Two event sources and a tabular one; windows of 20 and 5 days."""
+    return PackLayout(
+        names=("bill", "search", "profile"), is_event=(True, True, False), caps=(3, 2, 0),
+        by_frequency=(False, True, False), numeric_widths=(0, 0, 2),
+        as_of_us=tuple(one * DAY for one in as_ofs),
+        start_us=tuple(((one - 20) * DAY, (one - 5) * DAY, ALWAYS) for one in as_ofs),
+        buckets=3, first_refused=3,
+    )  # fmt: skip
+
+
+event = st.tuples(
+    st.sampled_from(list(HASHES)), st.integers(0, 1), st.integers(0, 44), st.integers(0, 6), st.sampled_from("abcdé")
+)
+snapshot = st.tuples(
+    st.sampled_from(list(HASHES)), st.integers(0, 44), st.integers(-3, 3), st.sampled_from(["x", "y", None])
+)
+
+
+def table(events, snapshots, listed) -> pa.Table:
+    """Sorted rows, as Spark hands them over; one refused row among them."""
+    rows = [(HASHES[user], user, src, 0, t * DAY, id_, text, None, None) for user, src, t, id_, text in events]
+    for user, t, number, word in snapshots:
+        # A hash of a row stands for its content, so that two equal hashes are two equal rows.
+        numbers = [float(number), float("nan")]
+        content = hash((t, number, word == "x", word is None))
+        rows.append((HASHES[user], user, 2, 0, t * DAY, content, None, numbers, ["city", word]))
+    rows += [(HASHES[user], user, -1, 0, 0, None, None, [], []) for user in listed]
+    rows.append((6, None, 0, 3, None, None, '{"user":null}', None, None))
+    rows.sort(key=lambda row: (row[0], row[1] or "", row[2], row[5] or 0))
+    columns = [[row[place] for row in rows] for place in range(len(ROWS))]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, ROWS, strict=True)], schema=ROWS)
+
+
+def pack(rows: pa.Table, plan: PackLayout, batch: int = 1 << 20) -> tuple[dict, set, list]:
+    """Users by `as_of` and id, texts, refused rows."""
+    users, texts, refused = {}, set(), []
+    for packed in Packer(plan, text_id).pack(rows.to_batches(max_chunksize=batch)):
+        for row in packed.to_pylist():
+            if row["kind"] == USER:
+                key = (plan.as_of_us[row["moment"]], row["user_id"])
+                assert key not in users
+                users[key] = str({name: row[name] for name in (*packer.PACKED_ROWS.names[4:11], "bucket")})
+            elif row["kind"] == TEXT:
+                texts.add((plan.as_of_us[row["moment"]], row["src"], row["id"], row["text"]))
+            else:
+                assert row["kind"] == REFUSED
+                refused.append((row["user_id"], row["src"], row["status"], row["text"]))
+    return users, texts, refused
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(event, max_size=60), st.lists(snapshot, max_size=8), st.sets(st.sampled_from(list(HASHES))))
+def test_neither_chunks_nor_folding_nor_other_as_ofs_change_a_history(events, snapshots, listed):
+    rows = table(events, snapshots, listed)
+    expected, texts, refused = {}, set(), []
+    for as_of in (10, 25, 40):
+        users, some, refused = pack(rows, layout(as_of))
+        expected |= users
+        texts |= some
+    assert pack(rows, layout(10, 25, 40)) == (expected, texts, refused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "_CHUNK_ROWS", 3)
+        patch.setattr(packer, "_MAX_TAIL_ROWS", 2)
+        patch.setattr(packer, "_MAX_TEXTS", 1)
+        assert pack(rows, layout(10, 25, 40), batch=2) == (expected, texts, refused)
+
+
+def test_a_user_with_many_events_keeps_few_rows(monkeypatch):
+    monkeypatch.setattr(packer, "_CHUNK_ROWS", 100)
+    monkeypatch.setattr(packer, "_MAX_TAIL_ROWS", 200)
+    events = [("ann", 0, 1 + number % 9, number, "abc"[number % 3]) for number in range(5_000)]
+    one, largest = Packer(layout(10), text_id), 0
+    for batch in table(events, [], []).to_batches(max_chunksize=100):
+        list(one._arrive(pa.Table.from_batches([batch])))
+        largest = max(largest, len(one._tail), sum(len(tokens.text) for tokens in one._folded[0]))
+    assert largest <= 300
+    (packed,) = [row for part in one._users(one._tail) for row in part.to_pylist() if row["kind"] == USER]
+    assert packed["num_events"] == [5_000, 0, 0]
+    assert packed["count_bucket"] == [11, 11, 11]
