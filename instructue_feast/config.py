@@ -256,12 +256,21 @@ class GatesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class FeastConfig:
-    """Names under which Feast knows the embeddings."""
+    """Names under which Feast knows the embeddings.
+
+    Attributes:
+        entity: The entity.
+        join_key: Its key.
+        service: The feature service of all current embeddings.
+        ttl_days: How long an embedding is good for after its `as_of`; 0 for ever.
+        promotion: Whether the service follows every publication, or waits for `instructue promote`.
+    """
 
     entity: str = "user"
     join_key: str = "user_id"
     service: str = "user_embeddings"
     ttl_days: int = Field(default=0, ge=0)
+    promotion: Literal["automatic", "manual"] = "automatic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

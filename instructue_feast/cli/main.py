@@ -22,6 +22,7 @@ from instructue_feast.cli import (
     get,
     materialize,
     models,
+    promote,
     publish,
     qa,
     runs,
@@ -56,6 +57,8 @@ app.command()(materialize.materialize)
 app.command()(get.get)
 app.command()(embed.embed)
 app.command()(erase.erase)
+app.command()(promote.promote)
+app.command()(promote.drift)
 app.command()(explain.explain)
 app.command()(demo.demo)
 

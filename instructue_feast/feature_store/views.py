@@ -15,6 +15,7 @@ from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.feature_store.online import OWNER, OWNER_TAG
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
+from instructue_feast.runs.serving import served_views
 from instructue_feast.runs.store import OutputStore
 
 HISTORY_TAG = "packed_history"
@@ -60,7 +61,8 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
     histories = {one.name: _history_view(config, publication, one, entity) for one in publication.histories}
     objects.update(histories)
     declared = config.registry()
-    served = [views[name] for instruction, name in publication.current.items() if instruction in declared]
+    current = served_views(OutputStore(config.output.path), publication, config.feast.promotion)
+    served = [views[name] for instruction, name in current.items() if instruction in declared]
     if served:
         objects[config.feast.service] = FeatureService(
             name=config.feast.service,
@@ -70,10 +72,16 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
                 OWNER_TAG: OWNER,
                 "publication": publication.id,
                 "run": publication.run_id,
-                HISTORY_TAG: publication.current_history or "",
+                HISTORY_TAG: _history_of(publication, served),
             },
         )
     return objects
+
+
+def _history_of(publication: Publication, served: list[FeatureView]) -> str:
+    """The packed histories that the model of what is served reads; none for a service of several models."""
+    models = {view.tags["model_version"] for view in served}
+    return next((one.name for one in publication.histories if {one.model_version} == models), "")
 
 
 def _feature_view(

@@ -35,6 +35,7 @@ from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import bucket_folder
 
 POINTER = "published.json"
+SERVING = "serving.json"
 
 
 class _Any(enum.Enum):
@@ -192,7 +193,7 @@ def publish_over(
         created=now.isoformat(),
         run_id=manifest.run_id,
         as_of=manifest.as_of,
-        views=_views(kept, manifest, keep_runs),
+        views=_with_promoted(store, kept, _views(kept, manifest, keep_runs)),
         current=current,
     )
     try:
@@ -242,6 +243,19 @@ def stored_publications(store: OutputStore) -> list[Publication]:
     names = [name for name in store.names("published") if store.exists("published", name, "publication.json")]
     parts = [("published", name, "publication.json") for name in names]
     return [_parse(store.read_json(*one), store.url(*one)) for one in parts]
+
+
+def promoted_names(store: OutputStore) -> set[str]:
+    """Views the feature service was moved to, and those before them (see `runs/serving.py`): publishing keeps them."""
+    if not store.exists(SERVING):
+        return set()
+    document = store.read_json(SERVING)
+    return {*document["views"].values(), *document["before"].values()}
+
+
+def _with_promoted(store: OutputStore, before: Publication | None, views: list[PublishedView]) -> list[PublishedView]:
+    names, promoted = {view.name for view in views}, promoted_names(store)
+    return [*views, *(one for one in (before.views if before else []) if one.name in promoted - names)]
 
 
 def _views(before: Publication | None, manifest: RunManifest, keep_runs: int) -> list[PublishedView]:
@@ -348,7 +362,9 @@ def _with_histories(
     previous = before.current_history if before else None
     others = [one for one in known.values() if one.name != name]
     if previous not in (None, name):
-        others = [one for one in others if one.name == previous]
+        promoted = promoted_names(store)
+        models = {view.model_version for view in publication.views if view.name in promoted}
+        others = [one for one in others if one.name == previous or one.model_version in models]
     histories = [*([current] if current else []), *others]
     for one in histories:
         if before and one == known.get(one.name):
