@@ -189,6 +189,11 @@ def padded_pool(
     return (weights_TK[text_BL] * there_BL1).transpose(1, 2) @ soft_BLH
 
 
+def one_thread() -> bool:
+    """Whether a benchmark runs on one thread of a CPU: then its processor time is what counts."""
+    return torch.get_num_threads() == 1 and not torch.cuda.is_available()
+
+
 def called(
     function: Function, leaves: Sequence[torch.Tensor], upstream: torch.Tensor, mode: str
 ) -> Callable[[], object]:
@@ -217,8 +222,10 @@ def measured(shape: Shape, calls: Mapping[str, Callable[[], object]], seconds: f
             print(f"{name} at {shape}: {type(trouble).__name__}: {str(trouble).splitlines()[0]}")
             continue
         running[name] = call
-    times = interleaved(running, repeats=repeats, seconds=seconds)
-    rows = [row(shape, name, values, metric="time", unit="ms") for name, values in times.items()]
+    processor = one_thread()
+    times = interleaved(running, repeats=repeats, seconds=seconds, processor=processor)
+    metric = "processor time" if processor else "time"
+    rows = [row(shape, name, values, metric=metric, unit="ms") for name, values in times.items()]
     rows += [row(shape, name, [value], metric="memory", unit="MiB") for name, value in memory.items()]
     own = "triton" if "triton" in times else "chunked"
     for name in times:

@@ -1,4 +1,4 @@
-"""The adapter, texts in prompts, the next-token loss and a training step on a CPU, beside plain torch.
+"""The adapter, texts in prompts, the next-token loss and a training step on one thread of a CPU, beside plain torch.
 
 python kernels/benchmarks/adapter_cpu.py            # a few minutes; appends to results/adapter_cpu.csv
 python kernels/benchmarks/adapter_cpu.py --smoke    # the same code at tiny sizes
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does the code run?")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     parts = (adapter_bench, next_token_bench, step_bench)
     rows = [one for part in parts for one in part.run(10, smoke=True)] if options.smoke else run()
     append_csv(options.out / "adapter_cpu.csv", rows)

@@ -15,13 +15,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from adapter_bench import padded_pool, padding
+from adapter_bench import one_thread, padded_pool, padding
 from kernel_bench import Row, Shape, interleaved, peak_mib, row
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from instructue_feast.history.buckets import NUM_AGE_BUCKETS, NUM_COUNT_BUCKETS
 from instructue_feast.history.pack import PackedHistory
+from instructue_feast.model import attention
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.training.losses import answer_places
@@ -57,12 +58,14 @@ def measure(sizes: dict[str, int], seconds: float, *, repeats: int) -> list[Row]
     for call in calls.values():
         call()
     memory = {name: peak_mib(call) for name, call in calls.items()}
-    times = interleaved(calls, repeats=repeats, seconds=seconds)
+    processor = one_thread()
+    times = interleaved(calls, repeats=repeats, seconds=seconds, processor=processor)
+    metric = "processor time" if processor else "time"
     mode = f"forward+backward {sizes['layers']} layers"
     shape = Shape(
         op="step", mode=mode, n=sizes["users"], m=sizes["users"] * QUESTIONS, d=sizes["hidden"], dtype=step.dtype
     )
-    rows = [row(shape, name, values, metric="time", unit="ms") for name, values in times.items()]
+    rows = [row(shape, name, values, metric=metric, unit="ms") for name, values in times.items()]
     rows += [row(shape, name, [value], metric="memory", unit="MiB") for name, value in memory.items()]
     ratios = [theirs / ours for theirs, ours in zip(times["eager"], times["ours"], strict=True)]
     return [*rows, row(shape, "eager", ratios, metric="time over ours", unit="1")]
@@ -153,13 +156,12 @@ def _model(sizes: dict[str, int]) -> InstructUEModel:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hidden, heads = sizes["hidden"], sizes["heads"]
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=sizes["vocabulary"], hidden_size=hidden, intermediate_size=hidden * 8 // 3,
-            num_hidden_layers=sizes["layers"], num_attention_heads=heads, num_key_value_heads=heads // 3 or 1,
-            max_position_embeddings=2048, tie_word_embeddings=True,
-        )
+    llm_config = LlamaConfig(
+        vocab_size=sizes["vocabulary"], hidden_size=hidden, intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=sizes["layers"], num_attention_heads=heads, num_key_value_heads=heads // 3 or 1,
+        max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
+    llm = AutoModelForCausalLM.from_config(llm_config, dtype=torch.float32, attn_implementation=attention.NAME)
     names = [f"source_{one}" for one in range(SOURCES)]
     config = InstructUEConfig(
         sources=names,

@@ -6,6 +6,7 @@ import csv
 
 import adapter_bench
 import adapter_cpu
+import gpu
 import step_bench
 import torch
 
@@ -15,9 +16,15 @@ def test_every_part_runs_in_small(tmp_path):
     with (tmp_path / "adapter_cpu.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["op"] for row in rows} == {"adapter", "text_pool", "prompt_slots", "next_token", "step"}
-    assert {row["metric"] for row in rows} == {"time", "memory", "time over chunked", "time over ours"}
+    assert {row["metric"] for row in rows} == {"processor time", "memory", "time over chunked", "time over ours"}
     for op, providers in {"adapter": {"eager", "grouped_mm"}, "text_pool": {"eager"}, "next_token": {"eager"}}.items():
         assert providers < {row["provider"] for row in rows if row["op"] == op}
+
+
+def test_the_gpu_benchmark_takes_them_as_parts(tmp_path):
+    parts = ["--part", "adapter_bench", "--part", "next_token_bench", "--part", "step_bench"]
+    assert gpu.main(["--smoke", *parts, "--seconds", "20", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "gpu.csv").stat().st_size > 1000
 
 
 def test_providers_of_the_adapter_give_the_same_tokens():
