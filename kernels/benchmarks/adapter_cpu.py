@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import adapter_bench
@@ -20,17 +20,16 @@ from kernel_bench import RESULTS, Row, append_csv, show
 ROWS = (2048, 8192, 32768)
 
 
-def run() -> list[Row]:
-    """Sizes of a batch in training (2,048 and 8,192 distinct texts) and of a phrasebook."""
-    found: list[Row] = []
+def run() -> Iterator[list[Row]]:
+    """Sizes of a batch in training (2,048 and 8,192 distinct texts) and of a phrasebook, part after part."""
     for number in ROWS:
         given = adapter_bench.make(number, adapter_bench.SIZES, "cpu", torch.float32)
-        found += adapter_bench.measure_adapter(given, 20, repeats=9, peers=("eager", "grouped_mm"))
+        yield adapter_bench.measure_adapter(given, 40, repeats=7, peers=("eager", "grouped_mm"))
     for users in (32, 128):
-        found += adapter_bench.measure_texts(users, 200, adapter_bench.SIZES[2], "cpu", 20, repeats=9)
+        yield adapter_bench.measure_texts(users, 200, adapter_bench.SIZES[2], "cpu", 20, repeats=7)
     for dtype in (torch.float32, torch.bfloat16):
-        found += next_token_bench.measure(512, next_token_bench.VOCABULARY, 576, dtype, 20, repeats=5)
-    return found + step_bench.measure(step_bench.CUT, 60, repeats=5)
+        yield next_token_bench.measure(512, next_token_bench.VOCABULARY, 576, dtype, 40, repeats=5)
+    yield step_bench.measure(step_bench.CUT, 60, repeats=5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     parts = (adapter_bench, next_token_bench, step_bench)
-    rows = [one for part in parts for one in part.run(10, smoke=True)] if options.smoke else run()
-    append_csv(options.out / "adapter_cpu.csv", rows)
-    show(rows)
+    for rows in (part.run(10, smoke=True) for part in parts) if options.smoke else run():
+        append_csv(options.out / "adapter_cpu.csv", rows)  # at once, so that a later failure costs nothing
+        show(rows)
     return 0
 
 
