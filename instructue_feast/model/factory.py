@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 
 from instructue_feast.config import InstructueConfig
-from instructue_feast.errors import VersionMismatchError
+from instructue_feast.errors import DataError, VersionMismatchError
 from instructue_feast.model.adapter import SourceAdapter
 from instructue_feast.model.config import InstructUEConfig
 from instructue_feast.model.encoders import describe_encoder
 from instructue_feast.model.modeling import InstructUEModel
 from instructue_feast.model.saving import load_llm, torch_dtype
 from instructue_feast.model.small_transformer import layer_weights, small_transformer
+from instructue_feast.runs.store import OutputStore
 
 
 def load_model(config: InstructueConfig) -> InstructUEModel:
@@ -44,9 +47,29 @@ def load_model(config: InstructueConfig) -> InstructUEModel:
             seed=settings.seed,
             dtype=dtype,
         )
-    model = InstructUEModel.from_pretrained(settings.path, dtype=dtype)
+    with _local_copy(settings.path) as folder:
+        model = InstructUEModel.from_pretrained(folder, dtype=dtype)
     _require_match(model.config, config, encoders)
     return model
+
+
+@contextmanager
+def _local_copy(path: str) -> Iterator[str]:
+    """The folder of a saved model; what an fsspec URL names is there for the block only.
+
+    Raises:
+        DataError: There is nothing at the URL.
+        MissingDependencyError: Its protocol needs a package that is not installed.
+    """
+    if "://" not in path:
+        yield path
+        return
+    store = OutputStore(path)
+    if not store.fs.isdir(store.path().rstrip("/")):
+        raise DataError(f"there is no model at {path}", "check `model.path`")
+    with tempfile.TemporaryDirectory() as scratch:
+        store.fs.get(store.path().rstrip("/") + "/", f"{scratch}/model/", recursive=True)
+        yield f"{scratch}/model"
 
 
 def untrained(

@@ -148,7 +148,7 @@ class _Job:
                 events=sum(kept[index] for index, name in enumerate(names) if name in config.event_sources),
                 distinct_texts=texts.get(moment, 0),
                 tokens=tokens,
-                counts={name: _source_counts(mine, index, kept[index]) for index, name in indexes.items()},
+                counts={name: _source_counts(mine, index, kept[index], name) for index, name in indexes.items()},
                 seconds=round(time.monotonic() - started, 3),
             )
             manifests.append(manifest)
@@ -250,7 +250,9 @@ def _total(counts: _Counts, status: int) -> int:
     return sum(number for (_, one), number in counts.items() if one == status)
 
 
-def _source_counts(counts: _Counts, src: int, kept: int) -> SourceCounts:
+def _source_counts(counts: _Counts, src: int, kept: int, name: str) -> SourceCounts:
+    if kept > counts.get((src, IN_WINDOW), 0):
+        raise DataError(f"source {name}: its table changed while it was read", "run again once its writer is done")
     mine = {STATUSES[status]: number for (index, status), number in counts.items() if index == src}
     return SourceCounts(
         read=sum(mine.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import fsspec
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from instructue_feast.config import (
     TableConfig,
     TabularSourceConfig,
 )
-from instructue_feast.errors import VersionMismatchError
+from instructue_feast.errors import DataError, VersionMismatchError
 from instructue_feast.model.factory import load_model
 from tests.tiny_models import make_tiny_encoder
 
@@ -61,6 +62,20 @@ def test_the_compute_type_of_the_config_is_used(tiny):
 
 def test_a_saved_model_that_fits_is_loaded(config, saved):
     assert load_model(saved).weights_digest() == load_model(config).weights_digest()
+
+
+def test_a_model_on_another_file_system_is_loaded_and_a_missing_one_named(saved):
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{saved.model.path}/", "/models/mine/", recursive=True)
+    try:
+        there = dataclasses.replace(saved, model=dataclasses.replace(saved.model, path="memory://models/mine"))
+        local, remote = load_model(saved).state_dict(), load_model(there).state_dict()
+        assert all(torch.equal(local[name], remote[name]) for name in local)
+        missing = dataclasses.replace(saved, model=dataclasses.replace(saved.model, path="memory://models/other"))
+        with pytest.raises(DataError, match="no model at memory://models/other"):
+            load_model(missing)
+    finally:
+        memory.rm("/models", recursive=True)
 
 
 def test_other_sources_are_refused_with_both_sides(saved):

@@ -124,15 +124,20 @@ def submit(master: str, folder: Path, partitions: int) -> dict:
     return last["value"]
 
 
-@pytest.mark.parametrize("partitions", [1, 64])
-def test_a_cluster_gives_the_digest_of_a_local_session_whatever_the_partitions(master, local, tmp_path, partitions):
+@pytest.mark.parametrize(("partitions", "scheme"), [(1, ""), (64, "file://")])
+def test_a_cluster_gives_the_digest_of_a_local_session_whatever_the_partitions(
+    master, local, tmp_path, partitions, scheme
+):
     config, expected = local
     source = Path(config.output.path).parent
     shutil.copytree(source, tmp_path / "shop", ignore=shutil.ignore_patterns("output"))
+    file = tmp_path / "shop" / "instructue.yaml"
+    file.write_text(file.read_text().replace("{path: output,", f"{{path: '{scheme}{tmp_path}/shop/output',"))
     value = submit(master, tmp_path / "shop", partitions)
     assert value["run"]["digest"] == expected.digest
     assert value["run"]["users"] == NUM_USERS
     assert [one["rows"] for one in value["run"]["buckets"]] == [one.rows for one in expected.buckets]
     assert value["published"]
+    assert (tmp_path / "shop" / "output" / "published.json").is_file()
     # One Python worker per core of the cluster at most loads the model; nothing was computed in the driver.
     assert 1 <= value["run"]["model_loads"] <= 2
