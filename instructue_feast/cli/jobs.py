@@ -66,6 +66,8 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
                     result.value = event["value"]
                 elif event["event"] == "error":
                     error = error_from_name(event["type"], event["message"], event["hint"])
+                elif event["event"] == "warning":
+                    err.print(f"[yellow]{event['message']}[/]", soft_wrap=True)
                 elif stage := display.show(event):
                     result.stages.append(stage)
         except BaseException:
