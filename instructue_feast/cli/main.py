@@ -22,6 +22,7 @@ from instructue_feast.cli import (
     get,
     materialize,
     models,
+    plan,
     promote,
     publish,
     qa,
@@ -50,6 +51,7 @@ app.command()(train.train)
 app.command("tune-instruction")(tune.tune_instruction)
 app.command("eval")(evaluation.evaluate)
 app.command()(ablate.ablate)
+app.command("plan")(plan.plan_command)
 app.command()(backfill.backfill)
 app.command()(publish.publish)
 app.add_typer(runs.app, name="runs")

@@ -44,7 +44,7 @@ def open_embedder(
     """
     folder = Path(store.path("runs", run_id))
     if store.is_local:
-        return _open(folder, dtype, max_batch_tokens, model)
+        return open_folder(folder, dtype, max_batch_tokens, model)
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:
             store.fs.get(store.path("runs", run_id, "model") + "/", f"{scratch}/model/", recursive=True)
@@ -52,10 +52,13 @@ def open_embedder(
         store.fs.get(store.path("runs", run_id, table), f"{scratch}/{table}")
         if store.exists("runs", run_id, FOLDER):
             store.fs.get(store.path("runs", run_id, FOLDER) + "/", f"{scratch}/{FOLDER}/", recursive=True)
-        return _open(Path(scratch), dtype, max_batch_tokens, model)
+        return open_folder(Path(scratch), dtype, max_batch_tokens, model)
 
 
-def _open(folder: Path, dtype: str, max_batch_tokens: int | None, model: InstructUEModel | None) -> UserEmbedder:
+def open_folder(
+    folder: Path, dtype: str, max_batch_tokens: int | None = None, model: InstructUEModel | None = None
+) -> UserEmbedder:
+    """An embedder out of a folder with what a run holds: `model/`, `soft_tokens.safetensors`, soft prompts."""
     if model is None:
         model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")

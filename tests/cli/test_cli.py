@@ -11,7 +11,7 @@ from instructue_feast.errors import DataError, InstructueError
 
 COMMANDS = [
     "doctor", "extract", "qa", "train", "tune-instruction", "eval", "ablate", "explain",
-    "backfill", "publish", "materialize", "get", "demo",
+    "backfill", "publish", "materialize", "get", "demo", "plan",
 ]  # fmt: skip
 
 

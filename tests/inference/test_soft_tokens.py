@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,15 @@ def test_a_table_that_cannot_be_written_leaves_nothing(model, encoder, tmp_path)
     with pytest.raises(StorageError, match="cannot write"):
         make_table(model, encoder).save(tmp_path / "file" / "table")
     assert [one.name for one in tmp_path.iterdir() if one.name != "cache"] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_loaded_table_is_a_view_of_the_file_that_all_workers_of_a_host_share(model, encoder, tmp_path):
+    file = tmp_path / "table.safetensors"
+    make_table(model, encoder).save(file)
+    table = SoftTokenTable.load(file)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    spans = [tuple(int(one, 16) for one in line[0].split("-")) for line in maps]
+    places = [table.soft_tokens.data_ptr(), table.focus_keys.data_ptr(), table.text_ids.ctypes.data]
+    for place in places:
+        assert any(start <= place < end for start, end in spans)

@@ -7,31 +7,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
 from instructue_feast.model import attention
 from instructue_feast.model.layout import PREFIX
+from tests.largest_tensor import LargestTensor
 from tests.model_data import INSTRUCTIONS, make_history, make_model, make_table
 
 HISTORY = make_history([(5, 3, 1), (0, 0, 0), (30, 10, 2), (12, 0, 1)])
 NOTHING = Instruction("nothing", "")
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the bytes of the largest tensor any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(one, torch.Tensor):
-                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
-        return made
 
 
 @pytest.fixture(scope="module")

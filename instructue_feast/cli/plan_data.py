@@ -1,0 +1,107 @@
+"""What `instructue plan` knows of the users: counted in the latest extract, or stated defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from instructue_feast.config import EventSourceConfig, InstructueConfig
+from instructue_feast.errors import ConfigError
+from instructue_feast.history.pack import PackedHistory
+from instructue_feast.runs.plan import DataStatistics, ExtractionRates
+from instructue_feast.runs.store import OutputStore
+
+SAMPLE = 2_048
+"""Users that are looked at."""
+
+EXTRACTION = ExtractionRates(
+    source="The Complete Journey, 2.2 million events on 2 cores (benchmarks/results/extraction.csv)",
+    fixed_core_seconds=40.0,
+    fixed_seconds=20.0,
+    core_seconds_per_event=22e-6,
+)
+"""Where no extract of at least `_EVENTS` events says how fast Spark is."""
+
+_EVENTS = 1_000_000
+_DEFAULT_EVENTS = 30.0
+_DEFAULT_SHARE = 0.25
+
+
+def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataStatistics, ExtractionRates]:
+    """Users to measure with, some of their texts, and what is known of all."""
+    from instructue_feast.evaluation.extracts import extract_manifest, latest_extract
+
+    store = OutputStore(project.output.path)
+    try:
+        name = latest_extract(project)
+    except ConfigError:
+        return _made_up(project)
+    manifest = extract_manifest(store, name)
+    history, book, sizes = _sample(project, store, name)
+    half = len(set(history.text_id[: history.offsets[len(history) // 2]].tolist()))
+    whole = len(set(history.text_id.tolist()))
+    data = DataStatistics(
+        source=f"extract {name} of {project.project}",
+        users=manifest.users,
+        events_per_user=manifest.events / manifest.users,
+        texts_per_user=manifest.tokens / manifest.users,
+        distinct_texts=manifest.distinct_texts,
+        text_growth=min(1.0, max(0.0, math.log2(whole / half))) if half else 1.0,
+        history_bytes=sizes[0] / manifest.users,
+        phrase_bytes=sizes[1] / max(1, manifest.distinct_texts),
+    )
+    extraction = EXTRACTION
+    if manifest.events >= _EVENTS:
+        cores = os.cpu_count() or 1
+        rate = max(0.0, manifest.seconds - EXTRACTION.fixed_seconds) * cores / manifest.events
+        source = f"extract {name} took {manifest.seconds:.0f} s, on {cores} cores like these"
+        extraction = dataclasses.replace(EXTRACTION, source=source, core_seconds_per_event=rate)
+    return history, book, data, extraction
+
+
+def _sample(
+    project: InstructueConfig, store: OutputStore, extract: str
+) -> tuple[PackedHistory, list[str], tuple[int, int]]:
+    """Up to `SAMPLE` users of an extract, some texts, and the bytes of its histories and of its phrasebook."""
+    files = store.files("extracts", extract, "history", "bucket=*")
+    tables, rows = [], 0
+    for file in files:
+        if rows >= SAMPLE:
+            break
+        with store.fs.open(file, "rb") as stream:
+            tables.append(pq.read_table(stream))
+        rows += tables[-1].num_rows
+    table = pa.concat_tables(tables).slice(0, SAMPLE)
+    history = PackedHistory.from_arrow(
+        table, num_sources=len(project.source_names), num_numeric=len(project.numeric_columns)
+    )
+    books = store.files("extracts", extract, "phrasebook")
+    with store.fs.open(books[0], "rb") as stream:
+        texts = pq.read_table(stream, columns=["text"]).slice(0, SAMPLE).column("text").to_pylist()
+    return history, texts, (sum(map(store.fs.size, files)), sum(map(store.fs.size, books)))
+
+
+def _made_up(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataStatistics, ExtractionRates]:
+    """Stated defaults: a quarter of each source's room is used, categorical columns are all known."""
+    from instructue_feast.inference.calibrate import random_history
+
+    texts = [
+        max(1, int(_DEFAULT_SHARE * one.max_texts)) if isinstance(one, EventSourceConfig) else len(one.categorical)
+        for one in project.sources.values()
+    ]
+    history = random_history(texts, len(project.numeric_columns))
+    data = DataStatistics(
+        source=f"no extract yet, so a default: {_DEFAULT_SHARE:.0%} of `max_texts` of each source",
+        users=1_000_000,
+        events_per_user=_DEFAULT_EVENTS,
+        texts_per_user=float(history.num_tokens.mean()),
+        distinct_texts=50_000,
+        text_growth=0.5,
+        history_bytes=12.0 * float(history.num_tokens.mean()) + 64,
+        phrase_bytes=48.0,
+    )
+    return history, [f"some event of kind {row}" for row in range(256)], data, EXTRACTION
