@@ -1,6 +1,8 @@
 """Our online stores and Feast's own read and write the same bytes, on SQLite and on a real Redis."""
 
-from datetime import UTC, datetime
+import threading
+import time
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from feast.protos.feast.types.Value_pb2 import FloatList, Value
 
 from instructue_feast.errors import ConfigError, VersionMismatchError
 from instructue_feast.feature_store.online import WireRows, to_micros, vector_column
-from instructue_feast.feature_store.wire import UNKNOWN_TIME, encode_vectors, entity_keys
+from instructue_feast.feature_store.wire import UNKNOWN_TIME, as_stored, encode_vectors, entity_keys
 from tests.fake_runs import unit_vectors, user_names
 from tests.feature_store.stores import embedding_view, open_pair
 
@@ -159,3 +161,147 @@ def test_a_vector_of_another_size_is_refused(pair):
 def test_a_view_without_that_vector_is_refused_by_name(pair):
     with pytest.raises(ConfigError, match=r"view churn__v1 has no vector tast\nHint: .*\[churn\]"):
         pair.ours.store.read_vectors(pair.ours.config, VIEW, USERS, "tast")
+
+
+@pytest.mark.parametrize("by", ["engine", "push"])
+def test_nothing_older_replaces_what_is_stored(pair, by):
+    old, new, again = (unit_vectors(seed, USERS, "churn") for seed in (1, 2, 3))
+
+    def put(vectors, event, created):
+        if by == "engine":
+            return write(pair, USERS, vectors, event, created)
+        return pair.ours.store.online_write_batch(
+            pair.ours.config, VIEW, proto_rows(USERS, vectors, event, created), None
+        )
+
+    put(new, NOVEMBER, NOVEMBER)
+    put(old, OCTOBER, NOVEMBER)  # computed later, of an earlier time
+    np.testing.assert_array_equal(our_read(pair, USERS).vectors, new)
+    put(again, NOVEMBER, datetime(2017, 11, 2, tzinfo=UTC))
+    np.testing.assert_array_equal(our_read(pair, USERS).vectors, again)
+    put(new, NOVEMBER, NOVEMBER)  # the same time, computed before
+    read = our_read(pair, USERS)
+    np.testing.assert_array_equal(read.vectors, again)
+    assert set(read.event_micros) == {to_micros(NOVEMBER)}
+
+
+def test_the_newest_of_several_rows_of_a_user_in_one_batch_stays(pair):
+    vectors = unit_vectors(0, USERS[:3], "churn")
+    rows = [
+        *proto_rows(["u"], vectors[:1], OCTOBER),
+        *proto_rows(["u"], vectors[1:2], NOVEMBER),
+        *proto_rows(["u"], vectors[2:], OCTOBER),
+    ]
+    pair.ours.store.online_write_batch(pair.ours.config, VIEW, rows, None)
+    np.testing.assert_array_equal(our_read(pair, ["u"]).vectors, vectors[1:2])
+
+
+def test_rows_of_stock_feast_give_way_to_the_same_time_and_not_to_an_earlier_one(pair):
+    vectors = unit_vectors(0, USERS, "churn")
+    pair.stock.store.online_write_batch(pair.stock.config, VIEW, proto_rows(USERS, vectors, NOVEMBER), None)
+    assert write(pair, USERS, vectors[::-1], OCTOBER) == 0
+    assert write(pair, USERS, vectors[::-1], NOVEMBER) == len(USERS)
+    np.testing.assert_array_equal(our_read(pair, USERS).vectors, vectors[::-1])
+
+
+@pytest.mark.parametrize("name", ["ours", "stock"])
+def test_times_do_not_move_with_the_time_zone(pair, name, monkeypatch):
+    one = getattr(pair, name)
+    key = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=USERS[0])])
+
+    def in_zone(zone):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    try:
+        in_zone("Asia/Tokyo")
+        one.store.online_write_batch(
+            one.config, VIEW, proto_rows(USERS[:1], unit_vectors(0, USERS[:1], "churn"), OCTOBER), None
+        )
+        in_zone("America/New_York")
+        ((read, _),) = one.store.online_read(one.config, VIEW, [key], ["churn"])
+        ours = our_read(pair, USERS[:1]).event_micros[0]
+    finally:
+        in_zone("UTC")
+    moved = timedelta(hours=13) if name == "stock" and pair.system == "sqlite" else timedelta(0)
+    assert read == OCTOBER - moved
+    if name == "ours":
+        assert ours == to_micros(OCTOBER)
+
+
+@pytest.mark.parametrize(("storage", "size", "error"), [("float16", 0.55, 5e-4), ("int8", 0.35, 5e-3)])
+def test_vectors_stored_smaller_are_read_as_floats_and_never_wrongly_by_stock_feast(pair, storage, size, error):
+    wide = embedding_view("wide__v1", "churn", dim=128)
+    pair.ours.store.update(pair.ours.config, [], [VIEW, wide], [], [], False)
+    vectors = unit_vectors(0, USERS, "churn", dim=128)
+    rows = wire_rows(USERS, vectors, OCTOBER, storage=storage)
+    assert len(rows.values["churn"][0]) < size * len(encode_vectors(vectors)[0])
+    pair.ours.store.write_rows(pair.ours.config, wide, rows)
+    read = pair.ours.store.read_vectors(pair.ours.config, wide, USERS).vectors
+    np.testing.assert_allclose(read, vectors, atol=error)
+    np.testing.assert_array_equal(read, as_stored(vectors, storage))
+    keys = [EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=USERS[0])])]
+    ((_, ours),) = pair.ours.store.online_read(pair.ours.config, wide, keys, ["churn"])
+    np.testing.assert_array_equal(np.float32(ours["churn"].float_list_val.val), read[0])
+    ((_, stock),) = pair.stock.store.online_read(pair.stock.config, wide, keys, ["churn"])
+    assert stock["churn"].WhichOneof("val") == "bytes_val"
+
+
+def test_storages_can_be_mixed_in_one_view(pair):
+    vectors = unit_vectors(0, USERS, "churn")
+    for place, storage in enumerate(("float32", "float16", "int8")):
+        part = slice(3 * place, 3 * place + 3)
+        write(pair, USERS[part], vectors[part], OCTOBER, storage=storage)
+    np.testing.assert_allclose(our_read(pair, USERS).vectors, vectors, atol=5e-3)
+
+
+@pytest.mark.parametrize(("storage", "least"), [("float16", 0.995), ("int8", 0.95)])
+def test_smaller_vectors_find_nearly_the_same_neighbours(storage, least):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, 128))
+    vectors = centres[rng.integers(50, size=3000)] + 0.5 * rng.normal(size=(3000, 128))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    stored = as_stored(vectors, storage)
+
+    def neighbours(among):
+        return np.argsort(-(vectors[:200] @ among.T), axis=1)[:, :10]
+
+    pairs = zip(neighbours(vectors), neighbours(stored), strict=True)
+    recall = np.mean([len(set(exact) & set(found)) / 10 for exact, found in pairs])
+    assert recall >= least
+
+
+def test_redis_forgets_a_user_with_the_time_to_live_that_stock_feast_uses(tmp_path, redis_address):
+    pair = open_pair("redis", redis_address, f"p{abs(hash(tmp_path))}", [VIEW], key_ttl_seconds=1000)
+    write(pair, USERS, unit_vectors(0, USERS, "churn"), OCTOBER)
+    client = pair.ours.store._get_client(pair.ours.config.online_store)
+    key = entity_keys("user_id", USERS[:1])[0] + pair.ours.config.project.encode()
+    assert 990 <= client.ttl(key) <= 1000
+
+
+def test_a_batch_is_seen_whole_or_not_at_all_by_other_threads(pair):
+    users = user_names(400)
+    vectors = {seed: unit_vectors(seed, users, "churn") for seed in (1, 2)}
+    write(pair, users, vectors[1], OCTOBER)
+    seen, stop = [], threading.Event()
+
+    def look():
+        while not stop.is_set():
+            seen.append(len({*our_read(pair, users).event_micros.tolist()}) if pair.system == "sqlite" else whole())
+
+    def whole():  # one command reads one user of Redis, so the block is looked at with a transaction
+        client = pair.ours.store._get_client(pair.ours.config.online_store)
+        with client.pipeline(transaction=True) as pipe:
+            for key in entity_keys("user_id", users):
+                pipe.hget(key + pair.ours.config.project.encode(), "_ts:churn__v1")
+            return len(set(pipe.execute()))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for day in range(2, 12):
+            write(pair, users, vectors[1 + day % 2], datetime(2017, 11, day, tzinfo=UTC))
+    finally:
+        stop.set()
+        reader.join()
+    assert set(seen) == {1}

@@ -1,14 +1,21 @@
 """What goes wrong in stock Feast, shown on stock Feast, and what happens here instead."""
 
+import sqlite3
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from feast.infra.online_stores.redis import RedisOnlineStore
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
+from feast.utils import _convert_arrow_to_proto
+from feast.value_type import ValueType
 
 from instructue_feast.config import load_config
+from instructue_feast.errors import ConfigError, InvalidEmbeddingError
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.feature_store.online import online_store
@@ -16,9 +23,9 @@ from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.sqlite import InstructueSqliteOnlineStore
 from instructue_feast.runs.publish import publish
 from instructue_feast.runs.store import OutputStore
-from tests.fake_runs import unit_vectors, use_stock, write_fake_run, write_feast_repo
+from tests.fake_runs import unit_vectors, use_stock, user_names, write_fake_run, write_feast_repo
 
-SEPTEMBER, OCTOBER, NOVEMBER = "2017-09-01T00:00:00Z", "2017-10-01T00:00:00Z", "2017-11-01T00:00:00Z"
+OCTOBER, NOVEMBER = "2017-10-01T00:00:00Z", "2017-11-01T00:00:00Z"
 
 
 def publish_run(repo, as_of=OCTOBER, **options):
@@ -147,3 +154,109 @@ def test_materialize_incremental_starts_with_whatever_is_published(repo_of_kind,
 
 def seed_served_or_none(repo):
     return served(repo, ["user-0001"])[0]
+
+
+def test_a_value_computed_after_the_asked_time_is_left_out_of_history_on_demand(repo):
+    publish_run(repo, OCTOBER, created=datetime.fromisoformat(NOVEMBER))
+    store = open_store(repo)
+    asked = pd.DataFrame({"user_id": ["user-0001"], "event_timestamp": pd.to_datetime(["2017-10-15"], utc=True)})
+    service = store.get_feature_service("user_embeddings")
+    known = {
+        filtered: store.get_historical_features(asked, service, filter_by_created_timestamp=filtered).to_df()["churn"][
+            0
+        ]
+        for filtered in (False, True)
+    }
+    assert known[False] is not None  # the trap: nobody could have known it then
+    assert known[True] is None
+
+
+@pytest.mark.parametrize("offline", ["dask", "duckdb"])
+def test_history_keeps_every_row_that_was_asked_for(repo, offline):
+    """Ranking needs several candidates for one user at one time."""
+    file = repo / "feature_store.yaml"
+    file.write_text(file.read_text().replace("type: duckdb", f"type: {offline}"))
+    publish_run(repo)
+    store = open_store(repo)
+    asked = pd.DataFrame(
+        {
+            "user_id": ["user-0001"] * 3 + ["nobody"],
+            "event_timestamp": pd.to_datetime([NOVEMBER] * 4, utc=True),
+            "item": ["a", "b", "c", "d"],
+        }
+    )
+    frame = store.get_historical_features(asked, store.get_feature_service("user_embeddings")).to_df()
+    assert (sorted(frame["item"]) == ["a", "b", "c", "d"]) == (offline == "duckdb")
+
+
+def test_every_chunk_of_a_large_table_is_written(any_repo):
+    file = any_repo / "feature_store.yaml"
+    text = file.read_text()
+    file.write_text(text[: text.index("materialization:")] + text[text.index("data_quality_monitoring:") :])
+    publication = publish_run(any_repo, users=50, buckets=5)
+    feast_materialize(any_repo, OCTOBER, OCTOBER)
+    assert UserEmbeddings(any_repo).get(user_names(50)).found["churn"].all()
+    # The trap: what stock Feast makes of a table that arrives in two chunks, as it does without a batch size.
+    view = open_store(any_repo).get_feature_view(publication.current["churn"])
+    table = pa.Table.from_batches([arrow_rows(["a", "b"]), arrow_rows(["c"])])
+    assert len(_convert_arrow_to_proto(table, view, {"user_id": ValueType.STRING})) == 2
+
+
+def arrow_rows(users):
+    time = datetime.fromisoformat(OCTOBER)
+    columns = {"user_id": users, "churn": list(unit_vectors(0, users, "churn"))}
+    return pa.RecordBatch.from_pydict(
+        {**columns, "event_timestamp": [time] * len(users), "created": [time] * len(users)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([0.0] * 7 + [float("nan")], "NaN or infinity"),
+        ([0.0] * 7 + [float("inf")], "NaN or infinity"),
+        ([0.5] * 7, "do not have 8 numbers"),
+        ([0.5] * 7 + [None], "nulls inside"),
+    ],
+)
+def test_a_broken_vector_is_refused(any_repo, kind, broken, message):
+    publication = publish_run(any_repo)
+    view = publication.current["churn"]
+    folder = any_repo / "data" / "output" / "published" / publication.id / view
+    file = next(iter(sorted(folder.glob("*.parquet"))))
+    table = pq.read_table(file)
+    vectors = [broken, *table["churn"].to_pylist()[1:]]
+    place, field = table.schema.get_field_index("churn"), table.schema.field("churn").with_nullable(True)
+    field = field.with_type(pa.list_(pa.float32()))
+    file.unlink()  # a link to the run's own file
+    pq.write_table(table.set_column(place, field, pa.array(vectors, field.type)), file)
+    if kind == "ours":
+        with pytest.raises(InvalidEmbeddingError, match=message):
+            feast_materialize(any_repo, OCTOBER, OCTOBER)
+        return
+    use_stock(any_repo)
+    if broken[-1] is not None and len(broken) == 8:  # the trap: not a number, and served as one
+        feast_materialize(any_repo, OCTOBER, OCTOBER)
+        value = served(any_repo, [table["user_id"][0].as_py()])[0]
+        assert not np.isfinite(value).all()
+
+
+def test_a_lookup_without_a_user_is_refused(any_repo):
+    publish_run(any_repo)
+    materialize(any_repo)
+    assert served(any_repo, [""]) == [None]  # the trap: nobody notices
+    with pytest.raises(ConfigError, match="position 0 is blank"):
+        UserEmbeddings(any_repo).get([""])
+
+
+def test_stock_vector_search_on_sqlite_does_not_run_here(repo):
+    publish_run(repo)
+    materialize(repo)
+    use_stock(repo)
+    file = repo / "feature_store.yaml"
+    file.write_text(file.read_text().replace("type: sqlite\n", "type: sqlite\n  vector_enabled: true\n"))
+    store = open_store(repo)
+    view = store.get_feature_service("user_embeddings").feature_view_projections[0]
+    query = unit_vectors(0, ["user-0001"], "churn")[0].tolist()
+    with pytest.raises((sqlite3.OperationalError, ModuleNotFoundError, AttributeError)):  # 3.10 only
+        store.retrieve_online_documents_v2(features=[f"{view.name}:{view.features[0].name}"], query=query, top_k=1)
