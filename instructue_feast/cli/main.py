@@ -27,6 +27,7 @@ from instructue_feast.cli import (
     publish,
     qa,
     runs,
+    search,
     train,
     tune,
 )
@@ -59,6 +60,11 @@ app.command()(materialize.materialize)
 app.command()(get.get)
 app.command()(embed.embed)
 app.command()(erase.erase)
+app.command()(search.similar)
+app.command()(search.target)
+app.command()(search.recommend)
+app.command()(search.index)
+app.command()(search.items)
 app.command()(promote.promote)
 app.command()(promote.drift)
 app.command()(explain.explain)

@@ -23,6 +23,8 @@ from instructue_feast.feature_store.views import feature_views
 from instructue_feast.feature_store.wire import Storage, as_stored
 from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
+from instructue_feast.runs.items import FEATURE as ITEM_FEATURE
+from instructue_feast.runs.items import item_sets
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.store import OutputStore
 
@@ -35,7 +37,7 @@ _SAMPLED_ROWS = 16  # of each sampled file
 class MaterializedView:
     """One view in the online store: `rows` users of the run with that `as_of`, written in `seconds`.
 
-    `instruction` is `packed_history` for the view of packed histories.
+    `instruction` is `packed_history` for packed histories and `item_embedding` for items.
     """
 
     name: str
@@ -99,7 +101,7 @@ def materialize(
         on_view: Called after each view.
 
     Returns:
-        One entry per current view, the packed histories last.
+        One entry per current view, then the packed histories and the items of the current model.
 
     Raises:
         ConfigError: Nothing is published.
@@ -142,6 +144,16 @@ def materialize(
         done.append(MaterializedView(history.name, history.rows, seconds, FEATURE, history.as_of))
         if on_view:
             on_view(done[-1])
+    models = {view.model_version for view in publication.current_views}
+    for items in item_sets(output):
+        if items.model_version in models and items.view in registered_views(store):
+            started, made = time.monotonic(), datetime.fromisoformat(items.created)
+            with quiet():
+                store.materialize(made - timedelta(seconds=1), made, feature_views=[items.view])
+            seconds = round(time.monotonic() - started, 3)
+            done.append(MaterializedView(items.view, items.items, seconds, ITEM_FEATURE, items.created))
+            if on_view:
+                on_view(done[-1])
     latest = current_publication(output)
     if latest is None or latest.id != publication.id:
         raise PublishConflictError(
@@ -152,6 +164,12 @@ def materialize(
 
 def _output(folder: Path) -> OutputStore:
     return OutputStore(load_config(folder / CONFIG_NAME).output.path)
+
+
+def registered_views(store: FeatureStore) -> set[str]:
+    """Names of the feature views a registry holds."""
+    with quiet():
+        return {view.name for view in store.registry.list_feature_views(store.project)}
 
 
 def _check_registry(store: FeatureStore, publication: Publication) -> None:

@@ -14,6 +14,8 @@ from feast.value_type import ValueType
 from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.feature_store.online import OWNER, OWNER_TAG
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
+from instructue_feast.runs.items import FEATURE as ITEM_FEATURE
+from instructue_feast.runs.items import item_sets
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.serving import served_views
 from instructue_feast.runs.store import OutputStore
@@ -60,6 +62,7 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
     objects.update(views)
     histories = {one.name: _history_view(config, publication, one, entity) for one in publication.histories}
     objects.update(histories)
+    objects.update(_item_views(config, publication))
     declared = config.registry()
     current = served_views(OutputStore(config.output.path), publication, config.feast.promotion)
     served = [views[name] for instruction, name in current.items() if instruction in declared]
@@ -74,6 +77,46 @@ def feature_views(config_path: Path | str) -> dict[str, object]:
                 "run": publication.run_id,
                 HISTORY_TAG: _history_of(publication, served),
             },
+        )
+    return objects
+
+
+def _item_views(config: InstructueConfig, publication: Publication) -> dict[str, object]:
+    """The item embeddings of every published model, and the entity they belong to."""
+    store, models = OutputStore(config.output.path), {view.model_version for view in publication.views}
+    # Not `item`: a shop may have an entity of that name, and applying ours would replace it.
+    entity = Entity(name="embedded_item", join_keys=["item_id"], value_type=ValueType.STRING, tags={OWNER_TAG: OWNER})
+    objects: dict[str, object] = {}
+    for one in item_sets(store):
+        if one.model_version not in models:
+            continue
+        objects[entity.name] = entity
+        objects[one.view] = FeatureView(
+            name=one.view,
+            entities=[entity],
+            ttl=timedelta(0),
+            schema=[
+                Field(name="item_id", dtype=String),
+                Field(
+                    name=ITEM_FEATURE,
+                    dtype=Array(Float32),
+                    vector_index=True,
+                    vector_length=one.embedding_dim,
+                    vector_search_metric="COSINE",
+                    description="Unit-norm answer embedding of the item's text.",
+                ),
+            ],
+            source=FileSource(
+                name=f"{one.view}__source",
+                path=store.url("items", one.model_version[:8], "items.parquet"),
+                file_format=ParquetFormat(),
+                timestamp_field="event_timestamp",
+                created_timestamp_column="created",
+                tags={OWNER_TAG: OWNER},
+            ),
+            online=True,
+            description=f"Items in the space of the users of model version {one.model_version[:8]}.",
+            tags={OWNER_TAG: OWNER, "model_version": one.model_version, "created": one.created},
         )
     return objects
 

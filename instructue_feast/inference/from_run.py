@@ -55,12 +55,31 @@ def open_embedder(
         return open_folder(Path(scratch), dtype, max_batch_tokens, model)
 
 
+def open_model(store: OutputStore, run_id: str, *, dtype: str = "float32") -> InstructUEModel:
+    """Loads the model of a run alone, for what needs no histories: answers and items.
+
+    Raises:
+        UnsafeArtifactError: The run's model folder holds pickle weights.
+        VersionMismatchError: The base LLM or an encoder is not the one the model was made with.
+    """
+    if store.is_local:
+        return _model(Path(store.path("runs", run_id)), dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        store.fs.get(store.path("runs", run_id, "model") + "/", f"{scratch}/model/", recursive=True)
+        return _model(Path(scratch), dtype)
+
+
+def _model(folder: Path, dtype: str) -> InstructUEModel:
+    model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
+    return model.eval()
+
+
 def open_folder(
     folder: Path, dtype: str, max_batch_tokens: int | None = None, model: InstructUEModel | None = None
 ) -> UserEmbedder:
     """An embedder out of a folder with what a run holds: `model/`, `soft_tokens.safetensors`, soft prompts."""
     if model is None:
-        model = InstructUEModel.from_pretrained(folder / "model", dtype=getattr(torch, dtype), merge_lora=True)
+        model = _model(folder, dtype)
     table = SoftTokenTable.load(folder / "soft_tokens.safetensors")
     prompts = load_run_soft_prompts(folder)
     return UserEmbedder(model, table, max_batch_tokens=max_batch_tokens, soft_prompts=prompts)

@@ -81,3 +81,38 @@ def test_erase_refuses_an_unclear_question(shop, capsys, arguments):
     code, shown = run(capsys, "erase", *arguments, "--repo", shop)
     assert code == 2
     assert "Hint" in shown.err
+
+
+def test_search_commands_answer_in_json(shop, capsys, tmp_path):
+    user = HISTORY.user_ids[0]
+    code, shown = run(capsys, "similar", user, "--instruction", "churn", "-k", "3", "--repo", shop, "--json")
+    assert code == 0, shown.err
+    assert len(json.loads(shown.out)["hits"]) == 3
+    assert user not in shown.out
+    code, shown = run(capsys, "target", "Likes coffee.", "--instruction", "churn", "--repo", shop)
+    assert code == 0
+    assert "The audience" in shown.out
+    listed = tmp_path / "items.csv"
+    listed.write_text("item_id,text\n001,coffee\n002,soap\n")
+    code, shown = run(capsys, "items", listed, "--repo", shop, "--json")
+    assert code == 0, shown.err
+    code, shown = run(capsys, "recommend", user, "--instruction", "churn", "--repo", shop, "--json")
+    assert sorted(one["item_id"] for one in json.loads(shown.out)["hits"]) == ["001", "002"]
+    listed.write_text("item_id,words\n001,coffee\n")
+    code, shown = run(capsys, "items", listed, "--repo", shop)
+    assert code == 3
+    assert "no column text" in shown.err
+
+
+def test_index_and_promote_say_what_they_did(shop, capsys):
+    code, shown = run(capsys, "index", "--repo", shop, "--json")
+    assert code == 0, shown.err
+    assert json.loads(shown.out)[0]["users"] == len(HISTORY.user_ids)
+    code, shown = run(capsys, "similar", HISTORY.user_ids[0], "--instruction", "churn", "--approximate", "--repo", shop)
+    assert code == 0, shown.err
+    code, shown = run(capsys, "promote", "--repo", shop)
+    assert code == 0, shown.err
+    assert "there already" in shown.out
+    code, shown = run(capsys, "drift", "churn", "--config", shop / "instructue.yaml")
+    assert code == 2
+    assert "one published version" in shown.err
