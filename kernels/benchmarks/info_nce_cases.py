@@ -55,18 +55,19 @@ def _tiles(
         "ANCHOR_ANSWERS": 0, "GROUPS": False, "OWNERS": False, "MARGIN": False, "BOTH": False, "P": 1, **flags,
         "CANDIDATE_ANSWERS": int(bool(flags.get("ANCHOR_ANSWERS", 0))), "FOLD": dtype != torch.float16,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_d, "BAND": tile.band, "TMA": tma,
+        "SPLIT": tile.split,
         "PRECISION": "tf32x3",
     }  # fmt: skip
     used = {"groups": chosen["GROUPS"], "owners": chosen["OWNERS"], "answers": chosen["ANCHOR_ANSWERS"]}
     types = dict.fromkeys(("places", *[one for one in labels if used[one.removeprefix("candidate_")]]), "*i32")
     types |= dict.fromkeys(("anchor_norms", "candidate_norms", "factor_pointer", "row_sums", "pulls"), "*fp32")
-    types |= dict.fromkeys(("row_weights", "row_normalisers"), "*fp32") | {"gradients": f"*{short}"}
+    types |= dict.fromkeys(("row_factors",), "*fp32") | {"gradients": f"*{short}"}
     types |= dict.fromkeys((*LENGTHS, "D", "anchor_stride", "candidate_stride", "gradient_stride"), "i32")
     types |= {"margin": "fp32", "gain": "fp32"}
     if chosen["MARGIN"]:
         types["closest"] = "*fp32"
     if chosen["BOTH"]:
-        types |= dict.fromkeys(("column_sums", "column_weights", "column_normalisers"), "*fp32")
+        types |= dict.fromkeys(("column_sums", "column_factors"), "*fp32")
     for name, rows in (("anchors", tile.block_n), ("candidates", tile.block_k)):
         types[name] = f"tensordesc<{short}[{rows},{tile.block_d}]>" if tma else f"*{short}"
     odd = () if tma or capability == 80 else ("D", "anchor_stride", "candidate_stride")

@@ -104,6 +104,7 @@ class _Job:
             "BLOCK_D": tile.block_d,
             "BAND": tile.band,
             "TMA": tma,
+            "SPLIT": tile.split,
             "PRECISION": "ieee" if triton_support.is_interpreted() else "tf32x3",
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
@@ -261,7 +262,8 @@ def _log_sums(job: _Job) -> torch.Tensor:
     sum_2SN = torch.zeros(2, 1 + job.both, anchors, dtype=torch.float64, device=device)
     for own in job.chunks():
         rows = own.stop - own.start
-        row_sums = torch.empty(2, _tiles(candidates, job.tile.block_k), rows, dtype=torch.float32, device=device)
+        pieces = _tiles(candidates, job.tile.block_k) * (2 if job.tile.split else 1)
+        row_sums = torch.empty(2, pieces, rows, dtype=torch.float32, device=device)
         column_sums = None
         if job.both:
             column_sums = row_sums.new_empty(2, _tiles(rows, job.tile.block_n), candidates)
@@ -417,15 +419,21 @@ class _Gradients:
             gradient_factors(*one, job.positive_NP, job.place_NP)
             for one in zip(self.weight_SN, log_sum_SN, strict=True)
         ]
-        self.normalisers = [(one * _LOG2E).contiguous() for one, _ in found]
+        self.normalisers = [one for one, _ in found]
+        # In float64, as 2^(normaliser / 2) may be a number that float32 only holds beside the root of a weight.
+        roots = self.weight_SN.sign() * self.weight_SN.abs().double().sqrt()
+        self.factors = [
+            (root * (-0.5 * one.double()).exp()).float() for root, one in zip(roots, self.normalisers, strict=True)
+        ]
         self.pull_NP = sum((one for _, one in found[1:]), found[0][1]).contiguous()
         self.coefficient = job.scale * self.weight / self.gain
         self.anchor_ND, self.candidate_KD = job.anchor_ND, job.candidate_KD
         if not self.fold:
             self.anchor_ND = (job.anchor_ND * job.anchor_norm_N[:, None]).to(dtype)
             self.candidate_KD = (job.candidate_KD * job.candidate_norm_K[:, None]).to(dtype)
-        width = _tiles(len(job.candidate_KD), 16) * 16
-        self.workspace = torch.empty(min(job.rows, len(job.anchor_ND)), width, dtype=dtype, device=job.anchor_ND.device)
+        rows, width = min(job.rows, len(job.anchor_ND)), len(job.candidate_KD)
+        shape = [_tiles(*one) * one[1] for one in ((rows, job.tile.block_n), (width, job.tile.block_k))]
+        self.workspace = torch.empty(shape, dtype=dtype, device=job.anchor_ND.device)
 
     def of(self, own: slice) -> torch.Tensor:
         """`[C, K]` gradients of a chunk, in the workspace."""
@@ -433,10 +441,8 @@ class _Gradients:
 
         job = self.job
         gradients_kernel[job.grid(own)](
-            row_weights=self.weight_SN[0],
-            row_normalisers=self.normalisers[0],
-            column_weights=self.weight_SN[1] if job.both else None,
-            column_normalisers=self.normalisers[1] if job.both else None,
+            row_factors=self.factors[0],
+            column_factors=self.factors[1] if job.both else None,
             pulls=self.pull_NP,
             gradients=self.workspace,
             gradient_stride=self.workspace.stride(0),
@@ -449,7 +455,7 @@ class _Gradients:
 
     def of_hard(self, one: _Hard) -> torch.Tensor:
         """`[C, R]` gradients by cosine of hard negatives, over weight and scale."""
-        normaliser_C1 = self.normalisers[0][one.rows, None] / _LOG2E
+        normaliser_C1 = self.normalisers[0][one.rows, None]
         return self.weight_SN[0, one.rows, None] * (one.logit_CR - normaliser_C1).exp()
 
     def in_product(self, unit_CD: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Tile:
         num_warps: Warps of a block.
         num_stages: Steps whose loads are in flight.
         tma: Loads by TMA, where rows are multiples of 16 bytes.
+        split: What follows the products is done for half the candidates at a time.
     """
 
     block_n: int
@@ -31,29 +32,34 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool
+    split: bool = False
 
 
 LARGE_D = 512
 """Above this the loop is long enough for one more step in flight to pay."""
 
+_WIDE = Tile(128, 256, 64, 8, 8, 3, tma=True, split=True)
+_SQUARE = Tile(128, 128, 64, 8, 8, 3, tma=True, split=True)
+_NARROW = Tile(128, 64, 64, 8, 8, 3, tma=True, split=True)
+
 # Capability and whether labels or a margin must be compared, which takes registers: vectors up to LARGE_D, and beyond.
 _HALF = {
     (80, False): (Tile(64, 128, 64, 16, 8, 3, tma=False), Tile(64, 128, 64, 16, 8, 4, tma=False)),
     (80, True): (Tile(64, 128, 64, 16, 8, 3, tma=False), Tile(64, 128, 64, 16, 8, 4, tma=False)),
-    (90, False): (Tile(128, 128, 64, 8, 8, 3, tma=True), Tile(128, 128, 64, 8, 8, 4, tma=True)),
-    (90, True): (Tile(128, 64, 64, 8, 8, 3, tma=True), Tile(128, 64, 64, 8, 8, 4, tma=True)),
-    (100, False): (Tile(128, 128, 64, 8, 8, 3, tma=True), Tile(128, 128, 64, 8, 8, 4, tma=True)),
-    (100, True): (Tile(128, 64, 64, 8, 8, 3, tma=True), Tile(128, 64, 64, 8, 8, 4, tma=True)),
+    (90, False): (_WIDE, Tile(128, 256, 64, 8, 8, 4, tma=True, split=True)),
+    (90, True): (_SQUARE, Tile(128, 128, 64, 8, 8, 4, tma=True, split=True)),
+    (100, False): (_SQUARE, Tile(128, 128, 64, 8, 8, 4, tma=True, split=True)),
+    (100, True): (_NARROW, Tile(128, 64, 64, 8, 8, 4, tma=True, split=True)),
 }
 _FLOAT32 = Tile(64, 64, 32, 16, 8, 3, tma=False)
-INTERPRETED = Tile(32, 32, 32, 2, 4, 1, tma=False)
+INTERPRETED = Tile(32, 64, 32, 2, 4, 1, tma=False, split=True)
 
 
 def tile_for(capability: int, size: int, dtype: torch.dtype, *, masked: bool) -> Tile:
     """The entry of a GPU, the size and dtype of vectors, and whether more than the positive must be told apart.
 
     >>> tile_for(90, 512, torch.bfloat16, masked=False).block_k
-    128
+    256
     """
     if dtype == torch.float32:
         return _FLOAT32

@@ -147,6 +147,8 @@ def _different(
 
 @triton.jit
 def _masked(
+    value,
+    fill,
     logit,
     row,
     own,
@@ -161,7 +163,7 @@ def _masked(
     OWNERS: tl.constexpr,
     MARGIN: tl.constexpr,
 ):
-    """The logits of a tile, -inf where group, owner or margin say that they are no negatives.
+    """The values of a tile, filled where group, owner or margin say that there is no negative.
 
     `count` of the columns carry labels. `nearest` is the largest logit that the margin lets through.
     """
@@ -170,16 +172,16 @@ def _masked(
             tl.load(groups + row, mask=own, other=0),
             tl.load(other_groups + k, mask=k < count, other=0),
         )
-        logit = tl.where(group[:, None] == other_group[None, :], logit, float("-inf"))
+        value = tl.where(group[:, None] == other_group[None, :], value, fill)
     if OWNERS:
         owner, other_owner = (
             tl.load(owners + row, mask=own, other=0),
             tl.load(other_owners + k, mask=k < count, other=0),
         )
-        logit = tl.where(owner[:, None] != other_owner[None, :], logit, float("-inf"))
+        value = tl.where(owner[:, None] != other_owner[None, :], value, fill)
     if MARGIN:
-        logit = tl.where(logit <= nearest, logit, float("-inf"))
-    return logit
+        value = tl.where(logit <= nearest, value, fill)
+    return value
 
 
 @triton.jit
@@ -197,6 +199,79 @@ def _store_sums(target, term, place, inside, step, wide, AXIS: tl.constexpr):
     else:
         tl.store(target + place, tl.sum(term, axis=AXIS), mask=inside)
         tl.store(target + step + place, place.to(tl.float32) * 0.0, mask=inside)
+
+
+@triton.jit
+def _add_up(
+    product,
+    tile_n,
+    tile_k,
+    anchor_norms,
+    candidate_norms,
+    factor_pointer,
+    places,
+    groups,
+    candidate_groups,
+    owners,
+    candidate_owners,
+    answers,
+    candidate_answers,
+    closest,
+    row_sums,
+    column_sums,
+    first,
+    N,
+    num_anchors,
+    K,
+    margin,
+    ANCHOR_ANSWERS: tl.constexpr,
+    CANDIDATE_ANSWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BOTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Sums of the terms of a tile whose products are there."""
+    n, k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    own, candidate, row = n < N, k < K, first + n
+    factor = tl.load(factor_pointer)
+    row_factor = tl.load(anchor_norms + row, mask=own, other=0.0) * factor
+    logit = product * row_factor[:, None] * tl.load(candidate_norms + k, mask=candidate, other=0.0)[None, :]
+    # Beyond the last row and column there is nothing to add up.
+    logit += tl.where(candidate, 0.0, float("-inf"))[None, :]
+    if BOTH:
+        logit += tl.where(own, 0.0, float("-inf"))[:, None]
+    logit = _different(
+        logit, row, k, own, candidate, num_anchors, K, places, answers, candidate_answers, ANCHOR_ANSWERS,
+        CANDIDATE_ANSWERS,
+    )  # fmt: skip
+    shift = tl.maximum(factor - TOP, 0.0)
+    wide = 2.0 * factor > NARROW
+    floor = tl.where(wide, 0.0, float("-inf"))
+    nearest = 0.0
+    if MARGIN:
+        nearest = tl.load(closest + row, mask=own, other=0.0)[:, None] + margin * factor
+    masked = _masked(
+        logit, float("-inf"), logit, row, own, k, K, groups, candidate_groups, owners, candidate_owners, nearest,
+        GROUPS, OWNERS, MARGIN,
+    )  # fmt: skip
+    term = _terms(masked, shift, floor)
+    row_step = (tl.cdiv(K, BLOCK_K * PIECES) * PIECES).to(tl.int64) * N
+    _store_sums(row_sums + tile_k.to(tl.int64) * N, term, n, own, row_step, wide, 1)
+    if BOTH:
+        if GROUPS or OWNERS or MARGIN:
+            if MARGIN:
+                nearest = tl.load(closest + k, mask=k < num_anchors, other=0.0)[None, :] + margin * factor
+            masked = _masked(
+                logit, float("-inf"), logit, row, own, k, num_anchors, groups, groups, owners, owners, nearest, GROUPS,
+                OWNERS, MARGIN,
+            )  # fmt: skip
+            term = _terms(masked, shift, floor)
+        column_step = tl.cdiv(N, BLOCK_N).to(tl.int64) * K
+        _store_sums(column_sums + tile_n.to(tl.int64) * K, term, k, candidate, column_step, wide, 0)
 
 
 @triton.jit(do_not_specialize=["first", "N", "num_anchors", "K"])
@@ -236,55 +311,124 @@ def sums_kernel(
     BAND: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Adds up `2^(logit - shift)` over the negatives of each row and column of a tile.
 
-    Writes `row_sums [2, tiles of K, N]` and, with BOTH, `column_sums [2, tiles of N, K]`. The first part's shift is
-    `max(0, factor - TOP)`. The second part is 0 unless logits span more than NARROW: then it is that of negative
-    logits, with shift `-TOP`. `factor` is log2(e) times the scale.
+    Writes `row_sums [2, tiles of K, N]`, half tiles with SPLIT, and with BOTH `column_sums [2, tiles of N, K]`. The
+    first part's shift is `max(0, factor - TOP)`. The second part is 0 unless logits span more than NARROW: then it is
+    that of negative logits, with shift `-TOP`. `factor` is log2(e) times the scale.
     """
     tile_n, tile_k = _tile_of(N, K, BLOCK_N, BLOCK_K, BAND)
     product = _products(
         anchors, candidates, first + tile_n * BLOCK_N, tile_k * BLOCK_K, num_anchors, K, D, anchor_stride,
         candidate_stride, BLOCK_N, BLOCK_K, BLOCK_D, TMA, PRECISION,
     )  # fmt: skip
+    if SPLIT:
+        # A half at a time: the end of a large tile would not fit into registers.
+        left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_N, 2, BLOCK_K // 2)), (0, 2, 1)))
+        _add_up(
+            left, tile_n, 2 * tile_k, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_sums, column_sums,
+            first, N, num_anchors, K, margin, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            BLOCK_N, BLOCK_K // 2, 2,
+        )  # fmt: skip
+        _add_up(
+            right, tile_n, 2 * tile_k + 1, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_sums, column_sums,
+            first, N, num_anchors, K, margin, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            BLOCK_N, BLOCK_K // 2, 2,
+        )  # fmt: skip
+    else:
+        _add_up(
+            product, tile_n, tile_k, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_sums, column_sums,
+            first, N, num_anchors, K, margin, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            BLOCK_N, BLOCK_K, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _differentiate(
+    product,
+    tile_n,
+    tile_k,
+    anchor_norms,
+    candidate_norms,
+    factor_pointer,
+    places,
+    groups,
+    candidate_groups,
+    owners,
+    candidate_owners,
+    answers,
+    candidate_answers,
+    closest,
+    row_factors,
+    column_factors,
+    pulls,
+    gradients,
+    first,
+    N,
+    num_anchors,
+    K,
+    gradient_stride,
+    margin,
+    gain,
+    P: tl.constexpr,
+    ANCHOR_ANSWERS: tl.constexpr,
+    CANDIDATE_ANSWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BOTH: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gradients of a tile whose products are there."""
     n, k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     own, candidate, row = n < N, k < K, first + n
     factor = tl.load(factor_pointer)
-    row_factor = tl.load(anchor_norms + row, mask=own, other=0.0) * factor
-    logit = product * row_factor[:, None] * tl.load(candidate_norms + k, mask=candidate, other=0.0)[None, :]
-    # Beyond the last row and column there is nothing to add up.
-    logit += tl.where(candidate, 0.0, float("-inf"))[None, :]
-    if BOTH:
-        logit += tl.where(own, 0.0, float("-inf"))[:, None]
+    anchor_norm = tl.load(anchor_norms + row, mask=own, other=0.0)
+    candidate_norm = tl.load(candidate_norms + k, mask=candidate, other=0.0)
+    logit = product * (anchor_norm * factor)[:, None] * candidate_norm[None, :]
     logit = _different(
         logit, row, k, own, candidate, num_anchors, K, places, answers, candidate_answers, ANCHOR_ANSWERS,
         CANDIDATE_ANSWERS,
     )  # fmt: skip
-    shift = tl.maximum(factor - TOP, 0.0)
-    wide = 2.0 * factor > NARROW
-    floor = tl.where(wide, 0.0, float("-inf"))
+    # Half the exponent: one exp2 serves both directions, and its product with a factor, which holds half the
+    # normaliser, squares to the gradient. Nothing overflows, since for every negative that is at most the weight.
+    half = tl.exp2(0.5 * logit)
     nearest = 0.0
     if MARGIN:
         nearest = tl.load(closest + row, mask=own, other=0.0)[:, None] + margin * factor
-    term = _terms(
-        _masked(logit, row, own, k, K, groups, candidate_groups, owners, candidate_owners, nearest, GROUPS, OWNERS,
-                MARGIN),
-        shift, floor,
+    root = _masked(
+        half, 0.0, logit, row, own, k, K, groups, candidate_groups, owners, candidate_owners, nearest, GROUPS, OWNERS,
+        MARGIN,
     )  # fmt: skip
-    row_step = tl.cdiv(K, BLOCK_K).to(tl.int64) * N
-    _store_sums(row_sums + tile_k.to(tl.int64) * N, term, n, own, row_step, wide, 1)
+    root *= tl.load(row_factors + row, mask=own, other=0.0)[:, None]
+    gradient = root * tl.abs(root)
     if BOTH:
-        if GROUPS or OWNERS or MARGIN:
-            if MARGIN:
-                nearest = tl.load(closest + k, mask=k < num_anchors, other=0.0)[None, :] + margin * factor
-            term = _terms(
-                _masked(logit, row, own, k, num_anchors, groups, groups, owners, owners, nearest, GROUPS, OWNERS,
-                        MARGIN),
-                shift, floor,
-            )  # fmt: skip
-        column_step = tl.cdiv(N, BLOCK_N).to(tl.int64) * K
-        _store_sums(column_sums + tile_n.to(tl.int64) * K, term, k, candidate, column_step, wide, 0)
+        anchor = k < num_anchors
+        if MARGIN:
+            nearest = tl.load(closest + k, mask=anchor, other=0.0)[None, :] + margin * factor
+        root = _masked(
+            half, 0.0, logit, row, own, k, num_anchors, groups, groups, owners, owners, nearest, GROUPS, OWNERS, MARGIN
+        )
+        root *= tl.load(column_factors + k, mask=anchor, other=0.0)[None, :]
+        gradient += root * tl.abs(root)
+    for p in tl.static_range(P):
+        place = tl.load(places + row * P + p, mask=own, other=-1)
+        pull = tl.load(pulls + row * P + p, mask=own, other=0.0)
+        gradient -= tl.where(k[None, :] == place[:, None], pull[:, None], 0.0)
+    gradient *= gain
+    if FOLD:
+        gradient *= anchor_norm[:, None] * candidate_norm[None, :]
+    # The workspace is a whole number of tiles, so nothing is masked. Offsets within a row of tiles fit 32 bits.
+    target = gradients + (tile_n * BLOCK_N).to(tl.int64) * gradient_stride
+    target += tl.arange(0, BLOCK_N)[:, None] * gradient_stride + k[None, :]
+    tl.store(target, gradient.to(gradients.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["first", "N", "num_anchors", "K"])
@@ -302,10 +446,8 @@ def gradients_kernel(
     answers,
     candidate_answers,
     closest,
-    row_weights,
-    row_normalisers,
-    column_weights,
-    column_normalisers,
+    row_factors,
+    column_factors,
     pulls,
     gradients,
     first,
@@ -332,65 +474,46 @@ def gradients_kernel(
     BAND: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Writes `[N, K]` gradients by cosine / scale, times `gain`, and with FOLD over the lengths of both vectors.
 
-    Normalisers are in units of log 2: a negative of row and column has `row_weight * 2^(logit - row_normaliser) +
-    column_weight * 2^(logit - column_normaliser)`, a positive minus its pull, everything else 0.
+    `gradients` has room for whole tiles; beyond N and K it is arbitrary.
+
+    A factor is the square root of a weight, with its sign, over `2^(normaliser / 2)`. A negative of row and column has
+    `row weight * 2^(logit - row normaliser) + column weight * 2^(logit - column normaliser)`, a positive minus its
+    pull, everything else 0.
     """
     tile_n, tile_k = _tile_of(N, K, BLOCK_N, BLOCK_K, BAND)
     product = _products(
         anchors, candidates, first + tile_n * BLOCK_N, tile_k * BLOCK_K, num_anchors, K, D, anchor_stride,
         candidate_stride, BLOCK_N, BLOCK_K, BLOCK_D, TMA, PRECISION,
     )  # fmt: skip
-    n, k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    own, candidate, row = n < N, k < K, first + n
-    factor = tl.load(factor_pointer)
-    anchor_norm = tl.load(anchor_norms + row, mask=own, other=0.0)
-    candidate_norm = tl.load(candidate_norms + k, mask=candidate, other=0.0)
-    logit = product * (anchor_norm * factor)[:, None] * candidate_norm[None, :]
-    logit = _different(
-        logit, row, k, own, candidate, num_anchors, K, places, answers, candidate_answers, ANCHOR_ANSWERS,
-        CANDIDATE_ANSWERS,
-    )  # fmt: skip
-    weight = tl.load(row_weights + row, mask=own, other=0.0)
-    # What is beyond the last row or column is not written, and an infinite normaliser makes it 0 in any case.
-    normaliser = tl.load(row_normalisers + row, mask=own, other=float("inf"))
-    nearest = 0.0
-    if BOTH:
-        anchor = k < num_anchors
-        column_weight = tl.load(column_weights + k, mask=anchor, other=0.0)
-        column_normaliser = tl.load(column_normalisers + k, mask=anchor, other=float("inf"))
-    if BOTH and not (GROUPS or OWNERS or MARGIN):
-        # Half the exponent, then the square of the product with half the normaliser: one exp2 serves both directions,
-        # and nothing overflows, since the square is at most 1 for every negative.
-        half = tl.exp2(0.5 * logit)
-        from_row = half * tl.exp2(-0.5 * normaliser)[:, None]
-        from_column = half * tl.exp2(-0.5 * column_normaliser)[None, :]
-        gradient = from_row * from_row * weight[:, None] + from_column * from_column * column_weight[None, :]
+    if SPLIT:
+        # A half at a time: the end of a large tile would not fit into registers.
+        left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_N, 2, BLOCK_K // 2)), (0, 2, 1)))
+        _differentiate(
+            left, tile_n, 2 * tile_k, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_factors,
+            column_factors, pulls, gradients, first, N, num_anchors, K,
+            gradient_stride, margin, gain, P, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            FOLD, BLOCK_N, BLOCK_K // 2,
+        )  # fmt: skip
+        _differentiate(
+            right, tile_n, 2 * tile_k + 1, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_factors,
+            column_factors, pulls, gradients, first, N, num_anchors, K,
+            gradient_stride, margin, gain, P, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            FOLD, BLOCK_N, BLOCK_K // 2,
+        )  # fmt: skip
     else:
-        if MARGIN:
-            nearest = tl.load(closest + row, mask=own, other=0.0)[:, None] + margin * factor
-        masked = _masked(
-            logit, row, own, k, K, groups, candidate_groups, owners, candidate_owners, nearest, GROUPS, OWNERS, MARGIN
-        )
-        gradient = tl.exp2(masked - normaliser[:, None]) * weight[:, None]
-        if BOTH:
-            if MARGIN:
-                nearest = tl.load(closest + k, mask=anchor, other=0.0)[None, :] + margin * factor
-            masked = _masked(
-                logit, row, own, k, num_anchors, groups, groups, owners, owners, nearest, GROUPS, OWNERS, MARGIN
-            )
-            gradient += tl.exp2(masked - column_normaliser[None, :]) * column_weight[None, :]
-    for p in tl.static_range(P):
-        place = tl.load(places + row * P + p, mask=own, other=-1)
-        pull = tl.load(pulls + row * P + p, mask=own, other=0.0)
-        gradient -= tl.where(k[None, :] == place[:, None], pull[:, None], 0.0)
-    gradient *= gain
-    if FOLD:
-        gradient *= anchor_norm[:, None] * candidate_norm[None, :]
-    target = gradients + n.to(tl.int64)[:, None] * gradient_stride + k[None, :]
-    tl.store(target, gradient.to(gradients.dtype.element_ty), mask=own[:, None] & candidate[None, :])
+        _differentiate(
+            product, tile_n, tile_k, anchor_norms, candidate_norms, factor_pointer, places, groups,
+            candidate_groups, owners, candidate_owners, answers, candidate_answers, closest, row_factors,
+            column_factors, pulls, gradients, first, N, num_anchors, K,
+            gradient_stride, margin, gain, P, ANCHOR_ANSWERS, CANDIDATE_ANSWERS, GROUPS, OWNERS, MARGIN, BOTH,
+            FOLD, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
