@@ -5,8 +5,10 @@ Torch custom ops (`instructue::contrast_fused`); Triton is imported when they ru
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,18 @@ def problem(query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the kernels cannot take these vectors, or None if they can."""
     if compute_dtype(query, key) == torch.float64:
         return "float64 vectors"
-    return triton_support.problem(query.device.type)
+    return _problem_of(query.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _problem_of(device_type: str) -> str | None:
+    """Asked once by torch.compile, which cannot trace the question."""
+    return triton_support.problem(device_type)
+
+
+def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,8 +343,9 @@ def contrast_fused(
         empty_SN = anchor_ND.new_empty(1 + both, 0, dtype=torch.float32)
         return empty_SN, torch.empty_like(empty_SN), anchor_ND.new_empty(place_NP.shape, dtype=torch.float32)
     labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
-    job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels)
-    log_sum_SN = _log_sums(job)
+    with _on(anchor_ND):
+        job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels)
+        log_sum_SN = _log_sums(job)
     if hard_NRD is not None:
         for one in _hard(job, hard_NRD, margin, slice(0, len(anchor_ND))):
             own_C = torch.logsumexp(one.logit_CR.double(), dim=1)
@@ -363,14 +377,30 @@ def contrast_fused_backward(
     chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of anchors, candidates, log scale and hard negatives; empty where `needs` says none is wanted."""
+    if not len(anchor_ND):
+        nothing, grad_hard = like(anchor_ND, needs[0]), like(hard_NRD, needs[3], anchor_ND)
+        return nothing, like(candidate_KD, needs[1]).zero_(), torch.zeros_like(log_scale), grad_hard
+    labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
+    with _on(anchor_ND):
+        job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels, positive_NP)
+        gradients = _Gradients(job, grad_SN, log_sum_SN)
+        return _differentiate(job, gradients, needs, anchor_ND, candidate_KD, log_scale, hard_NRD, margin)
+
+
+def _differentiate(
+    job: _Job,
+    gradients: _Gradients,
+    needs: Sequence[bool],
+    anchor_ND: torch.Tensor,
+    candidate_KD: torch.Tensor,
+    log_scale: torch.Tensor,
+    hard_NRD: torch.Tensor | None,
+    margin: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Chunk by chunk: gradients by cosine into the workspace, two products, and back through the normalisation."""
     needs_anchor, needs_candidate, needs_log_scale, needs_hard = needs
     grad_anchor, grad_hard = like(anchor_ND, needs_anchor), like(hard_NRD, needs_hard, anchor_ND)
     grad_candidate = like(candidate_KD, needs_candidate)
-    if not len(anchor_ND):
-        return grad_anchor, grad_candidate.zero_(), torch.zeros_like(log_scale), grad_hard
-    labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
-    job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels, positive_NP)
-    gradients = _Gradients(job, grad_SN, log_sum_SN)
     inner_N = torch.zeros(len(anchor_ND), dtype=torch.float32, device=anchor_ND.device)
     product_KD: torch.Tensor | None = None
     for own in job.chunks():
@@ -482,7 +512,21 @@ def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Ten
         return product if total is None else total.add_(product)
     if total is None:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    if _adds_in_place(left.device):
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    return total.add_(torch.mm(left, right, out_dtype=torch.float32))
+
+
+@functools.cache
+def _adds_in_place(device: torch.device) -> bool:
+    """Whether this torch adds a product of two-byte matrices to a float32 matrix; older ones want all three alike."""
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
 
 
 def _backward(ctx: Any, grad_SN: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
