@@ -37,7 +37,7 @@ SHARE = 0.15
 
 SOURCES, ENCODER_DIM, QUESTIONS, ANSWER_TOKENS = 6, 384, 4, 4
 FULL = {"hidden": 576, "layers": 30, "heads": 9, "vocabulary": 49152, "users": 64, "texts": 200, "book": 20000}
-CUT = FULL | {"layers": 2, "users": 32, "texts": 150}
+CUT = FULL | {"layers": 2, "users": 16, "texts": 100}
 SMOKE = {"hidden": 32, "layers": 1, "heads": 4, "vocabulary": 300, "users": 4, "texts": 12, "book": 60}
 
 
