@@ -43,7 +43,7 @@ def problem(device_type: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def auto_allowed(device_type: str) -> bool:
     """Whether `impl="auto"` may choose Triton on a device: a GPU it runs on, and it is not switched off."""
     return device_type == "cuda" and problem("cuda") is None and os.environ.get("INSTRUCTUE_TRITON", "1") != "0"
