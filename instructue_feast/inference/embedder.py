@@ -12,6 +12,7 @@ import torch
 from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingError, VersionMismatchError
 from instructue_feast.history.pack import PackedHistory
 from instructue_feast.inference.soft_tokens import SoftTokenTable
+from instructue_feast.inference.transfer import IN_FLIGHT, Answer, ask, in_turn, to_device
 from instructue_feast.instructions import Instruction
 from instructue_feast.model.instruction_states import InstructionStates
 from instructue_feast.model.layout import token_budget_batches
@@ -120,18 +121,18 @@ class UserEmbedder:
         self._check_sources(history, rows_T)
         out = np.empty((len(history), len(instructions), self.model.config.embedding_dim), np.float32)
         totals = lengths + sum(len(one) for one in prepared.suffixes)
-        for users in token_budget_batches(totals, history.user_ids, self.max_batch_tokens):
-            part = history.take(users)
-            batch, similarity_TK = self._gather(part, prepared)
-            output = self.model(batch, [prepared.suffixes] * len(part), similarity_TK, prepared.states)
-            out[users] = output.embeddings.cpu().numpy()
-            if not np.isfinite(out[users]).all():
+        batches = token_budget_batches(totals, history.user_ids, self.max_batch_tokens)
+        answers = (self._ask(history, users, prepared) for users in batches)
+        for answer in in_turn(answers, IN_FLIGHT if self.model.device.type == "cuda" else 0):
+            vectors, users = answer.wait(), answer.users
+            out[users] = vectors
+            if not np.isfinite(vectors).all():
                 raise InvalidEmbeddingError(
-                    f"{int((~np.isfinite(out[users])).any((1, 2)).sum())} of {len(users)} users got NaN or infinity",
+                    f"{int((~np.isfinite(vectors)).any((1, 2)).sum())} of {len(users)} users got NaN or infinity",
                     "check the model's weights, or use dtype float32",
                 )
             if on_batch is not None:
-                on_batch(len(users), output.prompts.num_tokens)
+                on_batch(len(users), answer.num_tokens)
         return out
 
     @torch.inference_mode()
@@ -166,13 +167,21 @@ class UserEmbedder:
         # What was prepared in inference mode must not meet autograd; a clone may.
         return batch, prepared.suffixes[0], similarity_T1.clone()
 
+    @torch.inference_mode()  # a generator does not inherit it
+    def _ask(self, history: PackedHistory, users: npt.NDArray[np.int64], prepared: _Prepared) -> Answer:
+        """Starts one forward pass."""
+        part = history.take(users)
+        batch, similarity_TK = self._gather(part, prepared)
+        output = self.model(batch, [prepared.suffixes] * len(part), similarity_TK, prepared.states)
+        return ask(users, output.embeddings, output.prompts.num_tokens)
+
     def _gather(self, history: PackedHistory, prepared: _Prepared) -> tuple[UserBatch, torch.Tensor]:
         rows = self.table.rows(history.text_id)
         distinct_N, row_T = np.unique(rows, return_inverse=True)  # users share texts: each goes to the device once
         device = self.model.device
-        soft_NH = self.table.soft_tokens[torch.from_numpy(distinct_N)].to(device)
-        batch = UserBatch(history, soft_NH, row_T=torch.from_numpy(row_T).to(device))
-        return batch, prepared.similarity_NK[torch.from_numpy(rows)].to(device)
+        soft_NH = to_device(self.table.soft_tokens[torch.from_numpy(distinct_N)], device)
+        batch = UserBatch(history, soft_NH, row_T=to_device(torch.from_numpy(row_T), device))
+        return batch, to_device(prepared.similarity_NK[torch.from_numpy(rows)], device)
 
     def _prepare(self, instructions: Sequence[Instruction]) -> _Prepared:
         """What all users share of a set of instructions: suffixes, similarity of every text, states in the LLM."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingError, VersionMismatchError
 from instructue_feast.inference.embedder import UserEmbedder
+from instructue_feast.inference.transfer import ask, in_turn
 from instructue_feast.instructions import Instruction
 from tests.model_data import INSTRUCTIONS, make_history, make_model, make_soft_prompt, make_table
 
@@ -194,3 +195,19 @@ def test_an_embedding_that_is_not_a_number_is_refused(tiny):
         model.projection.down.bias[0] = float("nan")
     with pytest.raises(InvalidEmbeddingError, match=r"\d of \d users got NaN"):
         UserEmbedder(model, make_table(model, tiny[1])).encode(HISTORY, [CHURN])
+
+
+@pytest.mark.parametrize("in_flight", [0, 1, 3])
+def test_answers_come_in_order_and_complete_however_many_are_awaited(in_flight):
+    asked = []
+
+    def answers():
+        for number in range(5):
+            asked.append(number)
+            yield ask(np.array([number]), torch.full((1, 1, 2), float(number)), 7)
+
+    for number, one in enumerate(in_turn(answers(), in_flight)):
+        assert len(asked) == min(5, number + 1 + in_flight)
+        assert one.users.tolist() == [number]
+        np.testing.assert_array_equal(one.wait(), np.full((1, 1, 2), number))
+    assert number == 4
