@@ -8,7 +8,7 @@ HOUSEHOLDS ?= 500
 DEMO_DIR ?= build/demo
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup java models demo test lint types imports check bench bench-gpu kernels-compile docs constraints clean
+.PHONY: help setup java models demo example test lint types imports check bench bench-gpu kernels-compile docs constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ $(VENV)/.models: $(VENV)/.installed
 
 demo: setup  ## Purchases in, user embeddings out of the online store; report in build/demo (HOUSEHOLDS=500)
 	@$(BIN)/instructue demo --out $(DEMO_DIR) --households $(HOUSEHOLDS)
+
+example: setup  ## A recommender with and without user embeddings on Feast; table in build/recommender (half an hour)
+	@$(BIN)/python examples/recommender/run.py --out build/recommender
 
 test: setup  ## Run the test suite
 	@$(BIN)/python -m pytest
