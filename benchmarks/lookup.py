@@ -370,6 +370,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=10_000, help="users in the store")
     parser.add_argument("--repeats", type=int, default=100, help="more of them for small questions")
     parser.add_argument("--store", choices=["sqlite", "redis"], action="append", help="default: both")
+    parser.add_argument("--no-latency", action="store_true", help="the load run alone")
     parser.add_argument("--no-load", action="store_true", help="leave the load run out")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--no-csv", action="store_true", help="do not append to the results")
@@ -379,14 +380,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         for name in arguments.store or ("sqlite", "redis"):
             address = stack.enter_context(redis_server()) if name == "redis" else None
-            repo = Path(scratch) / name
-            output = make_repo(repo, name, address, ours=False)
-            publish(output, write_run(output, users, "v1", dt.datetime(2025, 1, 1, tzinfo=dt.UTC)))
-            apply_repo(repo)
-            materialize(repo)
-            found, lines = compare(name, repo, address, users, arguments.repeats)
-            rows += found
-            print("\n".join(lines), flush=True)
+            if not arguments.no_latency:
+                repo = Path(scratch) / name
+                output = make_repo(repo, name, address, ours=False)
+                publish(output, write_run(output, users, "v1", dt.datetime(2025, 1, 1, tzinfo=dt.UTC)))
+                apply_repo(repo)
+                materialize(repo)
+                found, lines = compare(name, repo, address, users, arguments.repeats)
+                rows += found
+                print("\n".join(lines), flush=True)
             if arguments.no_load:
                 continue
             # Stock SQLite cannot be written while eight clients read without a pause; ours can.

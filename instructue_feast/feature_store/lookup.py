@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,11 @@ from instructue_feast.feature_store.readers import (
 from instructue_feast.feature_store.session import open_store, quiet
 from instructue_feast.feature_store.wire import decode_vectors, vector_prefix
 from instructue_feast.instructions import Instruction
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from instructue_feast.feature_store.training_set import TrainingSet
 
 # U = users, D = embedding_dim
 DEFAULT_SERVICE = "user_embeddings"
@@ -220,6 +226,14 @@ class UserEmbeddings:
     ) -> Embedded:
         """The same without blocking the event loop; concurrent calls share forward passes."""
         return await self.ad_hoc.embed_async(checked_ids(user_ids), instruction, now=now)
+
+    def training_set(
+        self, rows: pd.DataFrame, instructions: Sequence[str] | None = None, *, as_served: bool = False
+    ) -> TrainingSet:
+        """Joins to each row the embedding that was current at its time; see `training_set.training_set`."""
+        from instructue_feast.feature_store.training_set import training_set
+
+        return training_set(self.store, self.served(), rows, instructions, as_served=as_served)
 
     @cached_property
     def ad_hoc(self) -> AdHocEmbeddings:
