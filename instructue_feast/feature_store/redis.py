@@ -22,6 +22,7 @@ from instructue_feast.feature_store.online import (
     VectorColumn,
     WireRows,
     expired,
+    is_ours,
     to_micros,
     versioned_name,
 )
@@ -44,7 +45,9 @@ _BLOCK = 500  # rows in one script call: what readers see at once, and a few mil
 # writer comes between the comparison and the write.
 _WRITE = """
 local ts_field, rev_field, ts, micros, rev = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local ttl, features, stored = tonumber(ARGV[6]), tonumber(ARGV[7]), 0
+local ttl, until_ms, features, stored = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), 0
+local clock = redis.call('TIME')
+local now_ms = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function number(raw, i)
   local value, scale, c = 0, 1
   repeat
@@ -74,11 +77,19 @@ for n, key in ipairs(KEYS) do
   if keep then
     local row = {'HSET', key, ts_field, ts, rev_field, rev < 0 and '0' or ARGV[5]}
     for f = 1, features do
-      row[#row + 1] = ARGV[7 + f]
-      row[#row + 1] = ARGV[7 + features + (n - 1) * features + f]
+      row[#row + 1] = ARGV[8 + f]
+      row[#row + 1] = ARGV[8 + features + (n - 1) * features + f]
     end
+    local fresh = until_ms > 0 and redis.call('EXISTS', key) == 0
     redis.call(unpack(row))
-    if ttl > 0 then redis.call('EXPIRE', key, ttl) end
+    if ttl > 0 then
+      redis.call('EXPIRE', key, ttl)
+    elseif until_ms == 0 then
+      redis.call('PERSIST', key)
+    elseif until_ms > 0 then
+      local left = redis.call('PTTL', key)
+      if fresh or (left >= 0 and now_ms + left < until_ms) then redis.call('PEXPIREAT', key, until_ms) end
+    end
     stored = stored + 1
   end
 end
@@ -94,6 +105,11 @@ class InstructueRedisOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[
     )
     vector_storage: Storage = "float32"
     """float16 and int8 take a half and a quarter of the space; stock Feast cannot read them as vectors."""
+
+    expire_with_ttl: bool = False
+    """Let Redis remove users whose embeddings have all outlived their views' ttl. A user is one Redis key for all the
+    views of an entity: it goes when the last of them has, and stays if one has no ttl. Only where every writer of the
+    project uses this store: stock Feast adds to a key without prolonging it."""
 
 
 class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignore[misc]
@@ -142,6 +158,7 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         features = [_mmh3(f"{name}:{feature}") for feature in rows.values]
         columns = list(rows.values.values())
         head = [f"_ts:{name}", f"_rev:{name}"]
+        options = config.online_store
         block = 1 if config.online_store.redis_type == RedisType.redis_cluster else _BLOCK  # a key for each node
         with client.pipeline(transaction=False) as pipe:
             for event, revision, places in _blocks(rows, block):
@@ -153,7 +170,8 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
                         encode_time(event),
                         event,
                         revision,
-                        config.online_store.key_ttl_seconds or 0,
+                        options.key_ttl_seconds or 0,
+                        _until(view, event) if options.expire_with_ttl else -1,
                         len(features),
                         *features,
                         *values,
@@ -238,6 +256,11 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         if expired(self._views[feature_view], time, datetime.now(UTC)):  # as if the user were unknown
             return super()._get_features_for_entity([None] * len(values), feature_view, requested_features)  # type: ignore[no-any-return]
         return time, {name: as_stock_value(value) for name, value in found.items()}
+
+
+def _until(view: FeatureView, event_micros: int) -> int:
+    """When a value may go, in milliseconds since 1970; 0 for never. Views of others do not expire online."""
+    return event_micros // 1000 + int(view.ttl.total_seconds() * 1000) if view.ttl and is_ours(view) else 0
 
 
 def _fields(config: RepoConfig, view: FeatureView) -> list[str | bytes]:

@@ -305,3 +305,29 @@ def test_a_batch_is_seen_whole_or_not_at_all_by_other_threads(pair):
         stop.set()
         reader.join()
     assert set(seen) == {1}
+
+
+def test_redis_can_forget_a_user_when_the_last_of_their_embeddings_has_outlived_its_ttl(tmp_path, redis_address):
+    pair = open_pair("redis", redis_address, f"p{abs(hash(tmp_path))}", [VIEW], expire_with_ttl=True)
+    store, config = pair.ours.store, pair.ours.config
+    client, key = (
+        store._get_client(config.online_store),
+        entity_keys("user_id", ["u"])[0] + config.project.encode(),
+    )
+    today = datetime.now(UTC).replace(microsecond=0)
+    vectors = unit_vectors(0, ["u"], "churn")
+
+    def days_left(view, event):
+        store.write_rows(config, view, wire_rows(["u"], vectors, event))
+        left = client.pttl(key)
+        return left if left < 0 else round(left / 86_400_000)
+
+    short, long = (embedding_view(f"churn__{days}", ttl_days=days) for days in (10, 30))
+    assert days_left(short, today - timedelta(days=4)) == 6
+    assert days_left(short, today) == 10
+    assert days_left(long, today) == 30
+    assert days_left(short, today + timedelta(days=1)) == 30  # never shortened
+    assert days_left(VIEW, today) == -1  # a view without ttl keeps the user
+    assert days_left(long, today + timedelta(days=1)) == -1
+    client.delete(key)
+    assert days_left(short, today - timedelta(days=11)) == -2  # gone at once
