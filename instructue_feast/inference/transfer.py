@@ -56,7 +56,7 @@ def ask(users: npt.NDArray[np.int64], embeddings: torch.Tensor, num_tokens: int)
         return Answer(users, embeddings.cpu(), num_tokens)
     host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
     host.copy_(embeddings, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return Answer(users, host, num_tokens, event)
 
