@@ -115,6 +115,12 @@ _FILE = re.compile(
     r"(?:reading file|footer for file:?|Could not read footer for file|file)\s*:?\s*\"?((?:\w+:)?/[^\s\"]+)"
 )
 _OURS = re.compile(r"^instructue_feast\.errors\.(\w+): (.*?)(?:\nHint: (.*?))?$", re.MULTILINE)
+# The last line of a Python traceback. The class is named alone, because a message may hold anything.
+_STORAGE_LOST = re.compile(
+    r"^(?:[\w.]+\.)?((?:OS|IO|Connection\w*|BrokenPipe|Timeout|ReadTimeout|ConnectTimeout|EndpointConnection|Http|Client|"
+    r"ServerDisconnected|PermissionDenied|Permission)Error)\b",
+    re.MULTILINE,
+)
 _REWRITE = "write the file again, or restore it from its origin"
 
 
@@ -139,6 +145,12 @@ def explain_spark_error(error: BaseException) -> InstructueError | None:
         )
     if "No space left on device" in text:
         return StorageError("the disk is full", "free disk space, or point spark.local.dir and output.path elsewhere")
+    lost = _STORAGE_LOST.search(text)
+    if lost:
+        return StorageError(
+            f"a worker could not reach its storage: {lost.group(1)}",
+            "is the network up, and may the workers read and write there? A backfill can be resumed",
+        )
     if "OutOfMemoryError" in text:
         return StorageError(
             "Spark ran out of memory",
