@@ -6,19 +6,25 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
-from instructue_feast.errors import InstructueError, StoppedError
+from pyspark import SparkContext
+
+from instructue_feast.errors import InstructueError, StoppedError, StorageError
 from instructue_feast.telemetry import Telemetry
 
 STOPPED_HINT = "start it again; `instructue backfill --resume latest` goes on where a backfill was"
+LOST_HINT = "mend the disk or the network; `instructue backfill --resume latest` goes on where a backfill was"
+GRACE_SECONDS = 10.0
+"""How long a job that is told to stop may take to notice that its Spark jobs were cancelled."""
 BUG_HINT = "this is a bug or a failing cluster; the stack is in the job's log"
 
 
@@ -89,8 +95,9 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
     os.dup2(2, 1)
     telemetry = Telemetry(Path(job.__code__.co_filename).stem)
     reporter = Reporter(stream, telemetry)
-    signal.signal(signal.SIGTERM, _terminate)
-    code, result = _run(job, reporter)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
+    code, result = _run(job, reporter, stop)
     telemetry.finish(code, result)
     for warning in telemetry.warnings:
         reporter.emit("warning", message=warning)
@@ -99,26 +106,59 @@ def run_main(job: Callable[[Reporter], dict[str, Any]]) -> int:
     return code
 
 
-def _run(job: Callable[[Reporter], dict[str, Any]], reporter: Reporter) -> tuple[int, dict[str, Any] | None]:
+def _run(
+    job: Callable[[Reporter], dict[str, Any]], reporter: Reporter, stop: _Stop
+) -> tuple[int, dict[str, Any] | None]:
     """The exit code, and the result if there is one; an error is reported."""
     assert reporter.telemetry is not None
     try:
         with reporter.telemetry.span(reporter.telemetry.job):
             return 0, job(reporter)
-    except InstructueError as error:
-        reporter.error(error)
-        return error.exit_code, None
-    except SystemExit as stop:
-        if stop.code != StoppedError.exit_code:
+    except BaseException as error:
+        known = StoppedError("the job was told to stop (SIGTERM)", STOPPED_HINT) if stop.told else _explained(error)
+        if known is not None:
+            reporter.error(known)
+            return known.exit_code, None
+        if not isinstance(error, Exception):
             raise
-        reporter.error(StoppedError("the job was told to stop (SIGTERM)", STOPPED_HINT))
-        return StoppedError.exit_code, None
-    except Exception as error:
         stack = "".join(traceback.format_tb(error.__traceback__))
         sys.stderr.write(f"{type(error).__module__}.{type(error).__qualname__}, message withheld\n{stack}")
         reporter.emit("error", type="InstructueError", message=f"unexpected {type(error).__name__}", hint=BUG_HINT)
         return InstructueError.exit_code, None
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(StoppedError.exit_code)
+def _explained(error: BaseException) -> InstructueError | None:
+    if isinstance(error, InstructueError):
+        return error
+    if not isinstance(error, OSError):
+        return None
+    sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
+    of_spark = any("py4j" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    what = "the Spark process is gone" if of_spark else "the storage cannot be reached"
+    return StorageError(f"{what}: {type(error).__name__}, {error.strerror or 'no reason given'}", LOST_HINT)
+
+
+class _Stop:
+    """Handles SIGTERM.
+
+    An exception in the middle of a Spark action would leave the JVM's answer unread, and the next command, which
+    PySpark sends while the exception passes, would wait for the end of the running job. So the jobs are cancelled
+    first, from another thread, and the action itself ends with an error. Only where nothing happens for a while,
+    because no job was running, an exception is raised here.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def __call__(self, *_: object) -> None:
+        context = SparkContext._active_spark_context
+        again, self.told = self.told, True
+        if again or context is None:
+            raise SystemExit(StoppedError.exit_code)
+        threading.Thread(target=self._cancel, args=(context,), daemon=True).start()
+
+    def _cancel(self, context: SparkContext) -> None:
+        with suppress(Exception):  # the JVM may be gone already
+            context.cancelAllJobs()
+        time.sleep(GRACE_SECONDS)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
