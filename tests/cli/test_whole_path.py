@@ -56,11 +56,7 @@ def test_a_backfill_reports_its_run_and_stages(backfilled):
     assert backfilled["run"]["run_id"] == "night-1"
     assert backfilled["run"]["users"] == NUM_USERS + 1
     names = [stage["name"] for stage in backfilled["stages"]]
-<<<<<<< HEAD
-    assert names == ["sources", "history", "phrasebook", "encode", "soft_tokens", "embed"]
-=======
-    assert names == ["sources", "phrasebook", "history", "encode", "soft_tokens", "embed", "audit"]
->>>>>>> 1e01083 (Docs: backfills, their states, incremental runs and gates)
+    assert names == ["sources", "history", "phrasebook", "encode", "soft_tokens", "embed", "audit"]
     assert all(stage["seconds"] > 0 for stage in backfilled["stages"])
 
 
