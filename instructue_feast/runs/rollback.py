@@ -109,6 +109,9 @@ def _erased_in_publication(store: OutputStore, publication: Publication) -> int:
         for view in publication.views
         for name in store.names("published", publication.id, view.name)
     }
+    for history in publication.histories:
+        for name in store.names("published", publication.id, history.name):
+            files[f"{history.name}/{name}"] = store.path("published", publication.id, history.name, name)
     found = 0
     for path in files.values():
         try:
