@@ -221,17 +221,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(compile_case(one))
         print(as_text(rows[-1:], head=len(rows) == 1), flush=True)
     if options.write:
-        name = f"compile_triton_{triton.__version__}"
-        with (RESULTS / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [one.name for one in fields(Compiled)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        (RESULTS / f"{name}.md").write_text(
-            f"Compiled with Triton {triton.__version__}, without a GPU.\n\n{as_text(rows)}\n", encoding="utf-8"
-        )
+        _write(rows)
     found = [line for case, row in zip(chosen, rows, strict=True) for line in problems(case, row)]
     print("\n".join(found) if found else "No spills, shared memory within limits, tensor cores as wanted.")
     return int(bool(found))
+
+
+def _write(rows: Sequence[Compiled]) -> None:
+    """Writes the table of this Triton; rows of other ops that stand there stay."""
+    name, measured = f"compile_triton_{triton.__version__}", {row.op for row in rows}
+    file = RESULTS / f"{name}.csv"
+    types = {one.name: int if one.type == "int" else str for one in fields(Compiled)}
+    kept = []
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as stream:
+            lines = [one for one in csv.DictReader(stream) if one["op"] not in measured]
+        kept = [Compiled(**{key: types[key](value) for key, value in one.items()}) for one in lines]
+    table = sorted([*kept, *rows], key=lambda row: row.op)
+    RESULTS.mkdir(exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [one.name for one in fields(Compiled)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in table)
+    (RESULTS / f"{name}.md").write_text(
+        f"Compiled with Triton {triton.__version__}, without a GPU.\n\n{as_text(table)}\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

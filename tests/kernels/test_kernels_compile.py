@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import compile_table
 from compile_table import Case, as_text, cases, compile_case, problems
 from info_nce_cases import cases as info_nce_cases
 
@@ -34,3 +37,17 @@ def test_an_argument_without_a_type_is_named():
     incomplete = {name: kind for name, kind in case.signature.items() if name != "D"}
     with pytest.raises(ValueError, match=r"norms_kernel: no type and no value for \['D'\]"):
         compile_case(Case(**{name: getattr(case, name) for name in Case.__slots__} | {"signature": incomplete}))
+
+
+def test_a_table_keeps_the_rows_of_other_ops(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_table, "RESULTS", tmp_path)
+    zeros = {one.name: 0 for one in dataclasses.fields(compile_table.Compiled)} | {
+        "triton": compile_table.triton.__version__
+    }
+    rows = [compile_table.Compiled(**zeros | {"op": op, "kernel": "k", "variant": "v"}) for op in ("b", "a")]
+    for one in rows:
+        compile_table._write([one])
+    compile_table._write([dataclasses.replace(rows[0], registers=7)])
+    (file,) = tmp_path.glob("*.md")
+    lines = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith(("| a", "| b"))]
+    assert [(line[0], line[6]) for line in lines] == [("| a", "0"), ("| b", "7")]

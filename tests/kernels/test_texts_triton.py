@@ -66,3 +66,25 @@ def test_pooling(interpreted, sizes, n, k, h, dtype, shared):
 @pytest.mark.parametrize(("dtype", "out"), [(torch.float32, torch.float32), (torch.float32, torch.float16)])
 def test_filling(interpreted, v, t, n, h, shape, dtype, out):
     assert_close(*interpreted(filled_both_ways, v, t, n, h, shape, dtype, out), out)
+
+
+def check_ops():
+    from instructue_kernels.adapter.op import _adapter
+    from instructue_kernels.prompt_slots.op import _prompt_slots
+    from instructue_kernels.text_pool.op import _text_pool
+    from tests.kernels import test_adapter_op, test_prompt_slots_op, test_text_pool_op
+
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    vectors, scale = test_adapter_op.store(9, 6, dtype=torch.int8)
+    rows, offsets = test_adapter_op.ragged([2, 0, 4], 9)
+    parameters = [one.requires_grad_() for one in test_adapter_op.weights(3, 6, 5, 4)]
+    adapter = (vectors, rows, offsets, scale, parameters, 1e-6, True, "triton")
+    table, events, slots = test_prompt_slots_op.problem(3, 5, 4, 2, (12,), dtype=torch.float32)
+    pool = test_text_pool_op.problem([3, 0, 2], 4, 2, 5, dtype=torch.float32)
+    filled = (table, list(events), slots, torch.float16, "triton")
+    checked = [(_adapter, adapter), (_text_pool, (*pool, "triton")), (_prompt_slots, filled)]
+    return [torch.library.opcheck(op, arguments, test_utils=tests) for op, arguments in checked]
+
+
+def test_they_are_well_behaved_custom_ops(interpreted):
+    assert all(set(one.values()) == {"SUCCESS"} for one in interpreted(check_ops))
