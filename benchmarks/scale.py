@@ -11,8 +11,9 @@ process of its own with the same cores and heap:
   them nowhere. It is the least any Spark job pays that brings the events of a user together.
 
 `seconds` is the time inside the job, after its session is up, in both; `wall_seconds` the life of the process.
-`ratio_to_read_and_shuffle` divides the seconds of the same turn. `peak_memory` is that of the whole process tree (JVM
-and Python workers), sampled four times a second, with shared pages counted once.
+`cpu_seconds` is what all its processes used of all processors, which other work on the machine hardly changes.
+`ratio_to_read_and_shuffle` and `cpu_ratio_to_read_and_shuffle` divide what the same turn took. `peak_memory` is that of
+the whole process tree (JVM and Python workers), sampled four times a second, with shared pages counted once.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ PACKAGES = ("pyspark", "pyarrow")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process took: seconds inside the job, of the process, peak GiB of its tree, and what it returned."""
+    """What one process took: seconds inside the job, of the process, of all processors, peak GiB; what it returned."""
 
     seconds: float
     wall: float
+    cpu: float
     peak_gib: float
     result: dict[str, object]
 
@@ -62,20 +64,22 @@ def data(root: Path, users: int) -> Path:
 def run_process(command: list[str]) -> Job:
     """Runs a job whose last line on standard output is its result, and samples the memory of its tree."""
     started, peak = time.perf_counter(), 0
+    cpu: dict[int, float] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         root = psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, _resident(root))
+            peak = max(peak, _sample(root, cpu))
             time.sleep(0.25)
         wall = time.perf_counter() - started
         lines = process.stdout.read().splitlines() if process.stdout else []
     last = json.loads(lines[-1]) if lines else {}
     if process.returncode or last.get("event") != "result":
         raise SystemExit(f"{command} failed: {last}")
-    return Job(float(last["value"]["seconds"]), wall, peak / 2**30, last["value"])
+    return Job(float(last["value"]["seconds"]), wall, sum(cpu.values()), peak / 2**30, last["value"])
 
 
-def _resident(root: psutil.Process) -> int:
+def _sample(root: psutil.Process, cpu: dict[int, float]) -> int:
+    """Memory of a process tree now, in bytes; notes the processor seconds of each of its processes."""
     total = 0
     try:
         tree = [root, *root.children(recursive=True)]
@@ -83,7 +87,8 @@ def _resident(root: psutil.Process) -> int:
         return 0
     for one in tree:
         try:
-            info = one.memory_full_info()
+            info, times = one.memory_full_info(), one.cpu_times()
+            cpu[one.pid] = times.user + times.system
             total += getattr(info, "pss", info.rss)
         except psutil.Error:  # it ended between the two calls
             continue
@@ -130,13 +135,16 @@ def rows_of(users: int, runs: list[tuple[Job, Job]], cores: int) -> list[Measure
         for metric, unit, values in (
             ("seconds", "s", [job.seconds for job in jobs]),
             ("wall_seconds", "s", [job.wall for job in jobs]),
+            ("cpu_seconds", "s", [job.cpu for job in jobs]),
             ("peak_memory", "GiB", [job.peak_gib for job in jobs]),
         ):
             found.append(measure("scale", variant, values, scale=scale, metric=metric, unit=unit, packages=PACKAGES))
     ratios = [one.seconds / other.seconds for one, other in runs]
+    cpu_ratios = [one.cpu / other.cpu for one, other in runs]
     per_million = [1e6 * one.seconds / float(str(events)) for one, _ in runs]
     for metric, unit, values in (
         ("ratio_to_read_and_shuffle", "1", ratios),
+        ("cpu_ratio_to_read_and_shuffle", "1", cpu_ratios),
         ("seconds_per_million_events", "s", per_million),
     ):
         found.append(measure("scale", "extract", values, scale=scale, metric=metric, unit=unit, packages=PACKAGES))
@@ -165,7 +173,8 @@ def main() -> None:
             runs.append((extract(config, arguments.cores), read_and_shuffle(config, arguments.cores)))
             one, other = runs[-1]
             print(f"{users:,} users, turn {turn + 1}: extract {one.seconds:.1f} s and {one.peak_gib:.2f} GiB, "
-                  f"bare {other.seconds:.1f} s, ratio {one.seconds / other.seconds:.2f}", flush=True)  # fmt: skip
+                  f"bare {other.seconds:.1f} s, ratio {one.seconds / other.seconds:.2f}, "
+                  f"cpu {one.cpu:.0f} s and {other.cpu:.0f} s", flush=True)  # fmt: skip
         rows += rows_of(users, runs, arguments.cores)
     for row in rows:
         print(f"{row.variant} {row.metric}: {row.p50:.3g} {row.unit}, {row.scale}")
