@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from instructue_feast.cli.console import JsonOption, out, print_json, print_table
+from instructue_feast.cli.console import JsonOption, err, out, print_json, print_table
 from instructue_feast.cli.materialize import RepoOption
 from instructue_feast.errors import ConfigError
 
@@ -52,8 +52,8 @@ def erase(
             f"{proof.files.others:,} rows of other users are as before."
         )
     if not proof.absent:
-        left = _what_is_left(proof.found_in_files.unfinished)
-        raise StorageError(f"the erasure is not complete: {left}", "erase again; it goes on where it stopped")
+        err.print(f"The erasure is not complete: {_what_is_left(proof.found_in_files.unfinished)}.", soft_wrap=True)
+        raise typer.Exit(StorageError.exit_code)
 
 
 def _what_is_left(unfinished: list[str]) -> str:

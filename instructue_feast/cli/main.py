@@ -12,6 +12,7 @@ from instructue_feast import __version__
 from instructue_feast.cli import (
     ablate,
     backfill,
+    check,
     data,
     demo,
     doctor,
@@ -59,6 +60,7 @@ app.add_typer(runs.app, name="runs")
 app.command()(materialize.materialize)
 app.command()(get.get)
 app.command()(embed.embed)
+app.command()(check.check)
 app.command()(erase.erase)
 app.command()(search.similar)
 app.command()(search.target)

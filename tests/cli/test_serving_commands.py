@@ -116,3 +116,13 @@ def test_index_and_promote_say_what_they_did(shop, capsys):
     code, shown = run(capsys, "drift", "churn", "--config", shop / "instructue.yaml")
     assert code == 2
     assert "one published version" in shown.err
+
+
+def test_check_exits_with_its_verdict(shop, capsys, tmp_path):
+    code, shown = run(capsys, "check", "--repo", shop, "--json")
+    assert code == 0, shown.out
+    assert json.loads(shown.out)["ok"] is True
+    code, shown = run(capsys, "check", "--repo", shop, "--max-age-days", "1", "--encode", "0")
+    assert code == 11
+    assert "failed" in shown.out
+    assert "1 of" in shown.err
