@@ -35,9 +35,10 @@ def cases() -> list[Case]:
                     tile = tile_for(capability, size, dtype, masked=len(flags) > 1)
                     label = f"{_bucket(size)} {name}"
                     found += _tiles(capability, dtype, tile, label, flags, tma=tile.tma)
-    # Rows that are no multiples of 16 bytes are read by pointer.
-    tile = tile_for(90, LARGE_D, torch.bfloat16, masked=False)
-    found += _tiles(90, torch.bfloat16, tile, f"{_bucket(LARGE_D)} both ways, odd D", MASKS["both ways"], tma=False)
+    # Rows that are no multiples of 16 bytes are read by pointer, with the tiles of masks.
+    for name in ("both ways", "all masks"):
+        tile = tile_for(90, LARGE_D, torch.bfloat16, masked=name != "both ways", aligned=False)
+        found += _tiles(90, torch.bfloat16, tile, f"{_bucket(LARGE_D)} {name}, odd D", MASKS[name], tma=False)
     return found
 
 

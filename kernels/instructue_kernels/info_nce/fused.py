@@ -127,8 +127,7 @@ class _Job:
     def _sources(self) -> tuple[Any, Any, bool]:
         """Vectors by TMA descriptor where the tile wants it and the rows allow it, else by pointer."""
         tile, vectors = self.tile, (self.anchor_ND, self.candidate_KD)
-        aligned = all(one.data_ptr() % 16 == 0 and one.stride(0) * one.element_size() % 16 == 0 for one in vectors)
-        if not (tile.tma and aligned):
+        if not tile.tma:
             return *vectors, False
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -195,11 +194,12 @@ def _ready(
     }
     capability = triton_support.capability(anchor_ND.device)
     interpreted = triton_support.is_interpreted()
-    tile = (
-        INTERPRETED
-        if interpreted
-        else tile_for(capability, anchor_ND.shape[1], dtype, masked=any(compared) or margin is not None)
-    )
+    tile = INTERPRETED
+    if not interpreted:
+        vectors = (anchor_ND, candidate_KD)
+        aligned = all(one.data_ptr() % 16 == 0 and one.stride(0) * one.element_size() % 16 == 0 for one in vectors)
+        masked = any(compared) or margin is not None
+        tile = tile_for(capability, anchor_ND.shape[1], dtype, masked=masked, aligned=aligned)
     return _Job(
         anchor_ND,
         candidate_KD,
