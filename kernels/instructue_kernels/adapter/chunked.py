@@ -14,7 +14,10 @@ from instructue_kernels.adapter.reference import Parameters, Texts
 # N = texts, D = encoder size, M = middle size, H = hidden size of the LLM, C = rows of a chunk
 
 CHUNK = 1024
-"""Rows at once: 1.5 MB of 384 numbers, which stay in a core's cache between two products."""
+"""Rows at once on a CPU: 1.5 MB of 384 numbers, which stay in a core's cache between two products."""
+
+GPU_CHUNK = 32768
+"""Rows at once on a GPU: enough to fill it, 50 MB of 384 numbers."""
 
 
 def forward(texts: Texts, parameters: Parameters, eps: float, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,10 +29,11 @@ def forward(texts: Texts, parameters: Parameters, eps: float, keep: bool) -> tup
     weight = parameters.up_RMD
     soft_NH = weight.new_empty(texts.number, parameters.down_RHM.shape[1])
     before_NM = weight.new_empty(texts.number if keep else 0, weight.shape[1])
+    chunk = CHUNK if texts.vectors_UD.device.type == "cpu" else GPU_CHUNK
     for source, start, end in texts.parts():
         own = Parameters(*(one[source] for one in parameters))
-        for first in range(start, end, CHUNK):
-            rows = slice(first, min(first + CHUNK, end))
+        for first in range(start, end, chunk):
+            rows = slice(first, min(first + chunk, end))
             normed_CD = _normalised(texts, rows, parameters.wide, eps)[0]
             before_CM = _before(normed_CD, own)
             soft_NH[rows] = F.linear(F.gelu(before_CM), own.down_RHM, own.down_bias_RH)
@@ -65,11 +69,12 @@ def backward(
     kept = len(before_NM) == texts.number
     vectors = texts.vectors_UD
     grad_UD = torch.zeros_like(vectors, dtype=wide) if of_vectors else vectors.new_empty(0, vectors.shape[1])
+    chunk = CHUNK if texts.vectors_UD.device.type == "cpu" else GPU_CHUNK
     for source, start, end in texts.parts():
         own = Parameters(*(one[source] for one in parameters))
         total = Parameters(*(one[source] for one in totals))
-        for first in range(start, end, CHUNK):
-            rows = slice(first, min(first + CHUNK, end))
+        for first in range(start, end, chunk):
+            rows = slice(first, min(first + chunk, end))
             normed_CD, spread_C1 = _normalised(texts, rows, wide, eps)
             before_CM = before_NM[rows] if kept else _before(normed_CD, own)
             grad_CH = grad_NH[rows]

@@ -12,16 +12,20 @@ from instructue_kernels.text_pool.chunked import add_rows
 # P = slots of all prompts, V = rows of the table, T = texts of all users, H = hidden size, X = texts of a chunk
 
 CHUNK = 2048
-"""Texts at once."""
+"""Texts at once on a CPU."""
+
+GPU_CHUNK = 65536
+"""Texts at once on a GPU."""
 
 
 def forward(table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[P, H]` in `dtype`."""
     filled_PH = table_VH.new_zeros(len(slots_P), table_VH.shape[1], dtype=dtype)
     place_O, place_E = _places(slots_P, len(table_VH))
-    for part in torch.split(place_O, CHUNK):
+    chunk = CHUNK if slots_P.device.type == "cpu" else GPU_CHUNK
+    for part in torch.split(place_O, chunk):
         filled_PH[part] = table_VH[slots_P[part]].to(dtype)
-    for part in torch.split(place_E, CHUNK):
+    for part in torch.split(place_E, chunk):
         text_X = slots_P[part] - len(table_VH)
         soft_XH = events.soft_NH.index_select(0, events.row_T[text_X])
         soft_XH += events.count_CH[events.count_T[text_X]]
@@ -38,9 +42,10 @@ def backward(
     found = [one.new_zeros(len(one) * need, one.shape[1]) for one, need in zip(wanted, needed, strict=True)]
     of_table, of_soft, of_count, of_age = found
     place_O, place_E = _places(slots_P, len(table_VH))
-    for part in torch.split(place_O, CHUNK) if needed[0] else ():
+    chunk = CHUNK if slots_P.device.type == "cpu" else GPU_CHUNK
+    for part in torch.split(place_O, chunk) if needed[0] else ():
         add_rows(of_table, slots_P[part], grad_PH[part].to(of_table.dtype))
-    for part in torch.split(place_E, CHUNK) if any(needed[1:]) else ():
+    for part in torch.split(place_E, chunk) if any(needed[1:]) else ():
         text_X = slots_P[part] - len(table_VH)
         grad_XH = grad_PH[part].to(of_soft.dtype)
         if needed[1]:
