@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the calibration")
     parser.add_argument("--folder", help="keep data, calibration and runs here, and use what is there")
     parser.add_argument("--prepare", action="store_true", help="write data and models into --folder, and stop")
+    parser.add_argument(
+        "--predict", action="store_true", help="extract the small one, calibrate into --folder, and stop"
+    )
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--no-csv", action="store_true", help="do not append to the results")
     args = parser.parse_args()
@@ -58,6 +61,8 @@ def check(args: argparse.Namespace, folder: Path) -> None:
         as_of = ["--as-of", as_of_of(small)]
         run(["extract", "--config", str(small), "--extract-id", "small", "--cores", str(args.cores), *as_of])
         calibrate(load_config(small), seconds=args.seconds).save(calibration)
+    if args.predict:
+        return
     measured = Calibration.load(calibration)
     config = load_config(large)
     predicted = plan(

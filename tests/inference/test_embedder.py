@@ -211,3 +211,14 @@ def test_answers_come_in_order_and_complete_however_many_are_awaited(in_flight):
         assert one.users.tolist() == [number]
         np.testing.assert_array_equal(one.wait(), np.full((1, 1, 2), number))
     assert number == 4
+
+
+def test_bfloat16_gives_nearly_the_same_vectors_within_one_type(tiny, embedder):
+    model = make_model(*tiny, dtype=torch.bfloat16)
+    halves = UserEmbedder(model, make_table(model, tiny[1]))
+    assert halves.max_batch_tokens == 2 * embedder.max_batch_tokens  # the same bytes
+    vectors = halves.encode(HISTORY, INSTRUCTIONS)
+    assert vectors.dtype == np.float32
+    assert (vectors * embedder.encode(HISTORY, INSTRUCTIONS)).sum(-1).min() > 0.995
+    again = UserEmbedder(model, halves.table, max_batch_tokens=64).encode(HISTORY, INSTRUCTIONS)
+    assert (vectors * again).sum(-1).min() > 0.999
