@@ -2,7 +2,7 @@
 
     <root>/extracts/<extract_id>/       history/bucket=*/  phrasebook/  quarantine/  manifest.json
     <root>/event_vectors/<encoder>/     <extract_id>/part-*.parquet, complete when _SUCCESS is there
-    <root>/runs/<run_id>/               owner.json  bucket=*/part.parquet  bucket=*/marker.json  manifest.json
+    <root>/runs/<run_id>/               ledger.json  bucket=*/{part.parquet,marker.json}  manifest.json  quality/
     <root>/published/<publication>/     <feature view>/<run_id>-<bucket>.parquet
     <root>/published.json               the pointer, moved in one step
     <root>/tombstones/                  erased users, as salted hashes
