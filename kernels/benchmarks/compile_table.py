@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ class Case:
         num_stages: As launched.
         tensor_cores: Whether its products must run on the tensor cores: on 90 as HGMMA (wgmma), never as HMMA.
         tma: Whether it loads by TMA on 90.
+        table_only: Left to `make kernels-compile`, since another case of the same kernel needs more; the tests skip it.
     """
 
     op: str
@@ -63,6 +66,7 @@ class Case:
     num_stages: int = 3
     tensor_cores: bool = False
     tma: bool = False
+    table_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +156,18 @@ def compile_case(case: Case) -> Compiled:
         tma=count["UTMALDG"],
         triton=triton.__version__,
     )
+
+
+def compile_tested(processes: int) -> list[tuple[Case, Compiled]]:
+    """Compiles what the tests compile, several at a time: most of it is single-threaded work of `ptxas`."""
+    chosen = [one for one in cases() if not one.table_only]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(zip(chosen, pool.map(_compile_tested, range(len(chosen))), strict=True))
+
+
+def _compile_tested(place: int) -> Compiled:
+    # Kernels cannot be sent to another process, places in the list can.
+    return compile_case([one for one in cases() if not one.table_only][place])
 
 
 def _read(cubin: bytes) -> tuple[str, str]:

@@ -86,6 +86,9 @@ def _tiles(
             num_stages=tile.num_stages,
             tensor_cores=dtype != torch.float32,
             tma=tma,
+            table_only=variant.startswith("D>512 three")
+            or "one way" in variant
+            or (short == "fp16" and "D>" in variant),
         )
 
 
