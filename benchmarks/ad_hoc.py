@@ -1,9 +1,9 @@
-"""What an instruction nobody planned for costs online: `UserEmbeddings.embed`, from the SQLite online store to the vector.
+"""What an instruction nobody planned for costs online: `UserEmbeddings.embed`, from the SQLite store to the vector.
 
     python benchmarks/ad_hoc.py --threads 2
 
-One user and eight, an instruction seen before and a new one, beside the forward pass alone; with the tokens of a prompt.
-Random histories and weights: neither changes what a pass costs.
+One user and eight, an instruction seen before and a new one, beside the forward pass alone; with the tokens of a
+prompt. Random histories and weights: neither changes what a pass costs.
 """
 
 from __future__ import annotations
