@@ -52,7 +52,7 @@ def tune_instruction(
 
     Example: [bold]instructue tune-instruction churn --labels churned.csv --shots 64 --as-of 2017-07-01T00:00:00Z[/]
 
-    Example: [bold]instructue tune-instruction --suite complete-journey --out build/soft_prompts --shots 500[/]
+    Example: [bold]instructue tune-instruction --suite complete-journey --out build/soft_prompts --shots 300[/]
     """
     if (instruction is None) == (suite is None):
         raise ConfigError("name either an instruction or a --suite", "one of the two")
@@ -86,7 +86,7 @@ def tune_instruction(
         print_json({"folder": str(folder), "instructions": report, "without_labels": without, "notes": notes})
         return
     columns = ["instruction", "positive", "negative", "untuned", "tuned", "step"]
-    title = "AUC on the shots kept aside, by cosine to the answers; by a linear probe without answers"
+    title = "AUC on the shots kept aside: of a linear probe, with answers the mean of that and of the cosine to them"
     print_table(title, columns, [[row["instruction"], *(row[key] for key in _COLUMNS)] for row in report])
     for name in work.without_labels:
         out.print(f"{name}: too few labels before the cut; written without vectors, so it stays untuned.")

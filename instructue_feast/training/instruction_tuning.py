@@ -58,16 +58,18 @@ class TuningSettings:
         validation_share: Share of the shots that is kept aside to choose the step.
         eval_steps: Steps between two looks at them.
         patience: Stop after so many looks without a gain.
+        least_gain: Gain in AUC below which the words stay as they are: a smaller one is noise among so few shots.
         seed: Of the draw of shots and of the order of steps.
     """
 
-    steps: int = 60
+    steps: int = 24
     tokens: int = 6
-    shots_per_step: int = 512
+    shots_per_step: int = 96
     learning_rate: float = 0.05
     validation_share: float = 0.25
-    eval_steps: int = 10
+    eval_steps: int = 12
     patience: int = 3
+    least_gain: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +78,8 @@ class TuningSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}", "take a number above zero")
         if self.shots_per_step < 4 or self.shots_per_step % 2:
             raise ConfigError(f"shots_per_step is {self.shots_per_step}", "take an even number from 4")
+        if not 0 <= self.least_gain < 1:
+            raise ConfigError(f"least_gain is {self.least_gain}", "take a number from 0, such as 0.01")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}", "take a number between 0 and 1")
 
@@ -206,8 +210,8 @@ class Tuned:
     Attributes:
         prompt: What was learned; plain when the words alone were best.
         step: Step it was taken from.
-        auc_untuned: AUC of the shots kept aside under the words alone: of the cosine to the answers where they are
-            known, else of a linear probe on the other shots.
+        auc_untuned: AUC of the shots kept aside under the words alone: of a linear probe on the other shots; where the
+            answers are known, the mean of that and of the AUC of the cosine to them.
         auc_start: The same at step 0.
         auc: The same at the end; never below `auc_untuned`.
         history: `(step, training loss, AUC)` of each look.
@@ -309,11 +313,12 @@ class InstructionTuner:
             reader: InstructionReader, soft_PH: torch.Tensor | None, shift_D: torch.Tensor | None = None
         ) -> float:
             embedding_NE = self._embed(reader, soft_PH, shift_D, shots)
+            by_probe = _probe_auc(embedding_NE, shots)
             if answer_AE is None:
-                return _probe_auc(embedding_NE, shots)
+                return by_probe
             held = torch.from_numpy(shots.held)
             score_H = answer_scores(embedding_NE[held], answer_AE, positive_A)
-            return float(roc_auc_score(shots.labels[shots.held], score_H.cpu().numpy()))
+            return (by_probe + float(roc_auc_score(shots.labels[shots.held], score_H.cpu().numpy()))) / 2
 
         untuned = auc_of(plain, None)
         start = auc_of(reader, start_PH)
@@ -351,6 +356,8 @@ class InstructionTuner:
                 best, best_PH, best_D, best_step, since = auc, now_PH, now_D, step, 0
             if since == settings.patience:
                 break
+        if best - untuned < settings.least_gain:
+            best, best_PH, best_D, best_step = untuned, start_PH[:0], still_D, 0
         prompt = SoftPrompt(
             vectors=best_PH.cpu().numpy().astype(np.float32),
             shift=best_D.cpu().numpy().astype(np.float32),

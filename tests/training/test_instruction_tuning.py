@@ -87,6 +87,23 @@ def test_the_result_is_never_worse_than_the_words_alone(world):
     assert hopeless.auc >= hopeless.auc_untuned
 
 
+def test_a_gain_that_may_be_noise_leaves_the_words_as_they_are(world):
+    found = tuned_in(world, least_gain=0.0)
+    assert found.auc > found.auc_untuned
+    modest = tuned_in(world, least_gain=found.auc - found.auc_untuned + 0.01)
+    assert modest.prompt.is_plain
+    assert (modest.auc, modest.step) == (modest.auc_untuned, 0)
+
+
+def test_the_shift_changes_what_the_instruction_looks_at(world):
+    model, table, history, _ = world
+    found = tuned_in(world, least_gain=0.0, patience=100, shots_per_step=60)
+    tuned = dataclasses.replace(WORDS, soft_prompt=found.prompt.digest)
+    embedder = UserEmbedder(model, table, soft_prompts={tuned.content_hash: found.prompt})
+    weights = embedder.focus_weights(history, [WORDS, tuned])
+    assert np.abs(weights[:, 0] - weights[:, 1]).max() > 0.01
+
+
 def test_words_that_tuning_cannot_better_stay_as_they_are(world):
     model, table, history, _ = world
     prompt = untuned_prompt(WORDS, model)
@@ -235,7 +252,7 @@ def test_too_few_labels_are_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"tokens": 0}, {"shots_per_step": 5}, {"validation_share": 1.0}],
+    [{"steps": 0}, {"tokens": 0}, {"shots_per_step": 5}, {"validation_share": 1.0}, {"least_gain": -0.1}],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(wrong):
