@@ -117,22 +117,18 @@ def submit(master: str, folder: Path, partitions: int) -> dict:
         command += ["--conf", f"{name}={value}"]
     job = [instructue_spark.backfill.__file__, "--config", str(folder / "instructue.yaml")]
     job += ["--as-of", AS_OF.isoformat()]
-    done = subprocess.run([*command, *job], env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, *job], env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["event"] == "result"
     return last["value"]
 
 
-@pytest.mark.parametrize(("partitions", "scheme"), [(1, ""), (64, "file://")])
-def test_a_cluster_gives_the_digest_of_a_local_session_whatever_the_partitions(
-    master, local, tmp_path, partitions, scheme
-):
+@pytest.mark.parametrize("partitions", [1, 64])
+def test_a_cluster_gives_the_digest_of_a_local_session_whatever_the_partitions(master, local, tmp_path, partitions):
     config, expected = local
     source = Path(config.output.path).parent
     shutil.copytree(source, tmp_path / "shop", ignore=shutil.ignore_patterns("output"))
-    file = tmp_path / "shop" / "instructue.yaml"
-    file.write_text(file.read_text().replace("{path: output,", f"{{path: '{scheme}{tmp_path}/shop/output',"))
     value = submit(master, tmp_path / "shop", partitions)
     assert value["run"]["digest"] == expected.digest
     assert value["run"]["users"] == NUM_USERS
