@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HOUSEHOLDS ?= 500
+TEST_WORKERS ?= 2
 DEMO_DIR ?= build/demo
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -40,7 +41,7 @@ example: setup  ## A recommender with and without user embeddings on Feast; tabl
 	@$(BIN)/python examples/recommender/run.py --out build/recommender
 
 test: setup  ## Run the test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed  ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
