@@ -159,25 +159,25 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         columns = list(rows.values.values())
         head = [f"_ts:{name}", f"_rev:{name}"]
         options = config.online_store
-        block = 1 if config.online_store.redis_type == RedisType.redis_cluster else _BLOCK  # a key for each node
+        cluster = options.redis_type == RedisType.redis_cluster
         with client.pipeline(transaction=False) as pipe:
-            for event, revision, places in _blocks(rows, block):
-                values = [column[place] for place in places for column in columns]
-                self._script(
-                    keys=[rows.keys[place] + project for place in places],
-                    args=[
-                        *head,
-                        encode_time(event),
-                        event,
-                        revision,
-                        options.key_ttl_seconds or 0,
-                        _until(view, event) if options.expire_with_ttl else -1,
-                        len(features),
-                        *features,
-                        *values,
-                    ],
-                    client=pipe,
-                )
+            for event, revision, places in _blocks(rows, 1 if cluster else _BLOCK):
+                keys = [rows.keys[place] + project for place in places]
+                arguments = [
+                    *head,
+                    encode_time(event),
+                    event,
+                    revision,
+                    options.key_ttl_seconds or 0,
+                    _until(view, event) if options.expire_with_ttl else -1,
+                    len(features),
+                    *features,
+                    *(column[place] for place in places for column in columns),
+                ]
+                if cluster:  # each key has its own node, and redis-py sends no EVALSHA to several of them at once
+                    pipe.execute_command("EVAL", _WRITE, 1, *keys, *arguments)
+                else:
+                    self._script(keys=keys, args=arguments, client=pipe)
             return sum(pipe.execute())
 
     def online_write_batch(

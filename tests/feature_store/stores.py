@@ -72,7 +72,8 @@ def open_pair(system, place, project, views, **options):
 class RedisServer:
     """A real Redis that keeps nothing on disk."""
 
-    def __init__(self):
+    def __init__(self, *options):
+        self.options = options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -90,6 +91,7 @@ class RedisServer:
             "",
             "--appendonly",
             "no",
+            *self.options,
         ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         if not any("ready to accept connections" in line.lower() for line in self.process.stdout):
@@ -103,8 +105,8 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server():
-    server = RedisServer()
+def redis_server(*options):
+    server = RedisServer(*options)
     try:
         yield server
     finally:
