@@ -27,6 +27,12 @@ Ints = npt.NDArray[np.int64]
 PREFIX = 0
 PADDING = -1
 
+_WORTH_A_PASS = 0.25
+"""Share of the budget from which a batch may be closed early."""
+
+_MOST_PADDING = 0.1
+"""Share of padding from which it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompts:
@@ -115,7 +121,8 @@ def additive(visible_BSK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def token_budget_batches(lengths: Ints, names: Sequence[str], budget: int) -> list[Ints]:
     """Cuts users into batches of at most `budget` padded tokens, by length, ties by name.
 
-    A user longer than the budget gets a batch of its own. The order depends on lengths and names alone.
+    A user longer than the budget gets a batch of its own. A batch that holds enough to be worth a pass is closed before
+    padding becomes too much of it, as among few users of many lengths. All depends on lengths and names alone.
 
     Example:
         >>> [one.tolist() for one in token_budget_batches(np.array([3, 9, 3]), ["c", "a", "b"], 6)]
@@ -123,9 +130,15 @@ def token_budget_batches(lengths: Ints, names: Sequence[str], budget: int) -> li
     """
     order = sorted(range(len(lengths)), key=lambda user: (int(lengths[user]), names[user]))
     batches: list[list[int]] = []
+    tokens = 0
     for user in order:
-        if batches and (len(batches[-1]) + 1) * int(lengths[user]) <= budget:
+        length = int(lengths[user])
+        padded = (len(batches[-1]) + 1) * length if batches else 0
+        wasteful = tokens >= _WORTH_A_PASS * budget and padded - tokens - length > _MOST_PADDING * padded
+        if batches and padded <= budget and not wasteful:
             batches[-1].append(user)
+            tokens += length
         else:
             batches.append([user])
+            tokens = length
     return [np.asarray(one, np.int64) for one in batches]

@@ -67,6 +67,13 @@ def test_the_additive_mask_leaves_no_row_without_a_key():
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
 
 
+def test_few_users_of_many_lengths_are_not_padded_to_the_longest():
+    lengths = np.array([50, 120, 160, 200, 240, 300])
+    batches = token_budget_batches(lengths, [f"user-{index}" for index in range(6)], 2_000)
+    assert sum(len(one) * lengths[one].max() for one in batches) < 1.35 * lengths.sum()  # in one batch 1.68
+    assert len(batches) < 4
+
+
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=50), st.integers(1, 1000), st.randoms())
 def test_batches_hold_every_user_once_within_the_budget_whatever_the_order(lengths, budget, random):
     names = [f"user-{index}" for index in range(len(lengths))]
