@@ -58,7 +58,10 @@ def erase(
 
 def _what_is_left(unfinished: list[str]) -> str:
     if unfinished:
-        return f"runs {', '.join(unfinished)} are not finished and may still be written"
+        return (
+            f"runs {', '.join(unfinished)} are not finished and may still be written; finish them, or remove them with "
+            "`instructue runs gc`, and erase again"
+        )
     return "somebody is still there; does another process write?"
 
 
