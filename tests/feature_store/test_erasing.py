@@ -81,7 +81,7 @@ def everybody(store):
 def raw_online(repo):
     """Every byte the online store holds."""
     text = (repo / "feature_store.yaml").read_text()
-    if "type: redis" in text:
+    if "connection_string: " in text:
         host, port = text.split("connection_string: ")[1].split()[0].split(":")
         project = text.split("project: ")[1].split()[0].encode()
         client = Redis(host=host, port=int(port))
