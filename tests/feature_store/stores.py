@@ -74,9 +74,11 @@ class RedisServer:
 
     def __init__(self, *options):
         self.options = options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = 65_535
+        while self.port > 55_000:  # a cluster also listens 10,000 ports above
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.start()
 

@@ -9,12 +9,13 @@ import pytest
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import FloatList, Value
+from redis import Redis
 
 from instructue_feast.errors import ConfigError, VersionMismatchError
 from instructue_feast.feature_store.online import WireRows, to_micros, vector_column
 from instructue_feast.feature_store.wire import UNKNOWN_TIME, as_stored, encode_vectors, entity_keys
 from tests.fake_runs import unit_vectors, user_names
-from tests.feature_store.stores import embedding_view, open_pair
+from tests.feature_store.stores import embedding_view, open_pair, redis_server
 
 OCTOBER, NOVEMBER = datetime(2017, 10, 1, tzinfo=UTC), datetime(2017, 11, 1, tzinfo=UTC)
 USERS = user_names(9)
@@ -331,3 +332,19 @@ def test_redis_can_forget_a_user_when_the_last_of_their_embeddings_has_outlived_
     assert days_left(long, today + timedelta(days=1)) == -1
     client.delete(key)
     assert days_left(short, today - timedelta(days=11)) == -2  # gone at once
+
+
+def test_a_redis_cluster_is_written_and_read_too(tmp_path):
+    cluster = ["--cluster-enabled", "yes", "--dir", str(tmp_path), "--cluster-config-file", "nodes.conf"]
+    with redis_server(*cluster) as server:
+        node = Redis(port=server.port)
+        node.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        while b"cluster_state:ok" not in node.execute_command("CLUSTER", "INFO"):
+            time.sleep(0.05)
+        pair = open_pair("redis", server.address, "cluster", [VIEW], redis_type="redis_cluster")
+        old, new = (unit_vectors(seed, USERS, "churn") for seed in (1, 2))
+        assert write(pair, USERS, new, NOVEMBER) == len(USERS)
+        assert write(pair, USERS, old, OCTOBER) == 0
+        np.testing.assert_array_equal(our_read(pair, USERS).vectors, new)
+        assert pair.ours.store.delete_entities(pair.ours.config, [VIEW], USERS[:2]) == 2
+        assert our_read(pair, USERS).found.tolist() == [False] * 2 + [True] * 7
