@@ -282,6 +282,22 @@ def test_float32_chunks_agree_on_odd_shapes(shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_float32_chunks_are_exact_at_the_lowest_temperature(aligned, symmetric):
+    query, key = numbers(200, 200, 4, dtype=torch.float32)
+    key = query * 2 if aligned else key
+    found = {}
+    for impl, dtype in (("chunked", torch.float32), ("reference", torch.float64)):
+        leaves = [one.detach().to(dtype).requires_grad_() for one in (query, key)]
+        leaves.append(torch.tensor(math.log(150.0), dtype=dtype, requires_grad=True))
+        loss = info_nce(*leaves, symmetric=symmetric, impl=impl)
+        loss.backward()
+        found[impl] = [loss.detach().double(), *[one.grad.double() for one in leaves]]
+    for ours, exact in zip(found["chunked"], found["reference"], strict=True):
+        assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(impl):
     query, key = (one.bfloat16() for one in numbers(20, 20, 33, dtype=torch.float32))

@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 LOG = math.log
 
@@ -21,6 +23,8 @@ def problem(n, m, d, seed, **wanted):
     if wanted.get("degenerate"):
         key[0], query[n // 2], query[-1] = -query[0], 0, query[0]
         key[m // 2] = key[-1]
+    if wanted.get("aligned"):
+        key = query[torch.arange(m) % n] * 2
     options = {
         "query_ids": integers(n, 5) - 2,
         "key_ids": integers(m, 7) * 2**40,
@@ -102,6 +106,8 @@ CASES = {
     "scale 100": ((40, 40, 64), 100.0, {}),
     "scale 150": ((40, 45, 64), 150.0, {"key_ids": True}),
     "scale 150, degenerate": ((40, 45, 64), 150.0, {"degenerate": True, "margin": 0.237}),
+    "scale 150, aligned": ((40, 40, 3), 150.0, {"aligned": True}),
+    "scale 1, aligned": ((40, 45, 64), 1.0, {"aligned": True}),
     "scale 1, degenerate": ((40, 45, 3), 1.0, {"degenerate": True}),
     "odd": ((123, 63, 123), 20.0, {"positives": True}),
 }  # fmt: skip
@@ -113,6 +119,34 @@ def test_kernels_are_the_reference_in_value_and_gradient(interpreted, case):
     errors = interpreted(worst_errors, shape, LOG(scale), wanted)
     # float32 knows a logit of 150 to 1e-5, and with it every gradient.
     assert max(errors) < 1e-5 * max(1.0, scale / 10), errors
+
+
+FLAGS = (
+    "query_ids",
+    "key_ids",
+    "groups",
+    "hard",
+    "weight",
+    "several",
+    "include_query_query",
+    "degenerate",
+    "symmetric",
+)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([2, 3, 16, 33])),
+    scale=st.floats(1, 150),
+    flags=st.sets(st.sampled_from(FLAGS)),
+    margin=st.sampled_from([None, 0.237]),
+    chunk_rows=st.sampled_from([0, 5]),
+)
+def test_kernels_are_the_reference_for_whatever_comes(interpreted, shape, scale, flags, margin, chunk_rows):
+    wanted = {"positives": True, "symmetric": False, "include_query_query": False, "margin": margin}
+    wanted |= dict.fromkeys(flags, True)
+    errors = interpreted(worst_errors, shape, LOG(scale), wanted, torch.float32, chunk_rows)
+    assert max(errors) < 1e-4, errors
 
 
 @pytest.mark.parametrize("case", ["plain", "everything in order", "scale 150", "several positives"])
