@@ -164,9 +164,9 @@ class _Exponentials:
             return found_CK, None
         return found_CK, (chunk.cosine_CR.to(self.dtype) - self.shift).exp_().mul_(chunk.negative_CR)
 
-    def log(self, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Natural logarithm of sums of these."""
-        return (sums.log() + self.shift).to(dtype)
+    def log(self, sums: torch.Tensor) -> torch.Tensor:
+        """float64 natural logarithm of sums of these."""
+        return sums.double().log() + self.shift
 
 
 @torch.library.custom_op("instructue::contrast", mutates_args=())
@@ -207,7 +207,7 @@ def contrast(
             term_CN = term_CK[:, :anchors]
             sum_SN[1] += (term_CN if chunk.column_CN is None else term_CN * chunk.column_CN).sum(dim=0)
         sum_SN[0, chunk.rows] = _row_sums(chunk, term_CK, term_CR)
-    log_sum_SN = exponentials.log(sum_SN, unit_KD.dtype)
+    log_sum_SN = exponentials.log(sum_SN)
     loss_SN = torch.stack([losses(one_N, positive_NP, place_NP) for one_N in log_sum_SN])
     return loss_SN, log_sum_SN, positive_NP
 
@@ -228,7 +228,8 @@ def fake_contrast(
     _, _, place_NP, _, _, _, both, *_ = rest
     dtype = compute_dtype(anchor_ND, candidate_KD)
     loss_SN = anchor_ND.new_empty(1 + both, len(anchor_ND), dtype=dtype)
-    return loss_SN, torch.empty_like(loss_SN), anchor_ND.new_empty(place_NP.shape, dtype=dtype)
+    log_sum_SN = torch.empty_like(loss_SN, dtype=torch.float64)
+    return loss_SN, log_sum_SN, anchor_ND.new_empty(place_NP.shape, dtype=dtype)
 
 
 @torch.library.custom_op("instructue::contrast_backward", mutates_args=())
@@ -305,7 +306,7 @@ def contrast_once(
     for chunk in chunks(anchor_ND, found.unit_KD, hard_NRD, problem, chunk_rows, found.scale):
         place_CP = place_NP[chunk.rows]
         term_CK, term_CR = exponentials.of(chunk, place_CP)
-        log_sum_C = exponentials.log(_row_sums(chunk, term_CK, term_CR), found.unit_KD.dtype)
+        log_sum_C = exponentials.log(_row_sums(chunk, term_CK, term_CR))
         weight_C = found.weight_SN[0, chunk.rows]
         loss += (losses(log_sum_C, chunk.positive_CP, place_CP) * weight_C).sum()
         factor_C1, pull_CP = _factors(weight_C, log_sum_C, chunk.positive_CP, place_CP, exponentials)
@@ -399,8 +400,8 @@ def _factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[N, 1]` what exponentials are multiplied by, and the pulls."""
     normaliser_N, pull_NP = gradient_factors(grad_N, log_sum_N, positive_NP, place_NP)
-    factor_N = grad_N.to(exponentials.dtype) * (exponentials.shift - normaliser_N.to(exponentials.dtype)).exp()
-    return factor_N[:, None], pull_NP
+    factor_N = grad_N.double() * (exponentials.shift - normaliser_N).exp()
+    return factor_N.to(exponentials.dtype)[:, None], pull_NP
 
 
 @contrast_backward.register_fake

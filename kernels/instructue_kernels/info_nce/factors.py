@@ -1,6 +1,7 @@
 """Between sums over negatives and gradients: what every memory-bounded implementation computes per anchor.
 
-Everything is of one direction; `logit = scale * cosine`.
+Everything is of one direction; `logit = scale * cosine`. Computed in float64: at scale 150 a float32 logarithm is known
+to 1e-5 only, and by that the pull of a positive would differ from the sum of what it is pulled against.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def losses(log_sum_N: torch.Tensor, positive_NP: torch.Tensor, place_NP: torch.T
         place_NP: Their places; -1 is none.
     """
     # softplus is log1p(exp()) up to the threshold, so a tiny loss keeps its digits.
-    losses_NP = F.softplus(log_sum_N[:, None] - positive_NP, threshold=40.0)
-    return (losses_NP * shares(place_NP, positive_NP.dtype)).sum(dim=1)
+    losses_NP = F.softplus(log_sum_N.double()[:, None] - positive_NP.double(), threshold=40.0)
+    return (losses_NP * shares(place_NP, torch.float64)).sum(dim=1).to(positive_NP.dtype)
 
 
 def gradient_factors(
@@ -32,11 +33,11 @@ def gradient_factors(
     """What turns logits into gradients by logit.
 
     Returns:
-        `[N]` normaliser: the gradient by a negative's logit is `grad * exp(logit - normaliser)`, the exponential at
-        most 1. `[N, P]` minus the gradient by each positive's logit; 0 for places that hold none.
+        `[N]` float64 normaliser: the gradient by a negative's logit is `grad * exp(logit - normaliser)`, and that
+        exponential is at most 1. `[N, P]` minus the gradient by each positive's logit; 0 for places that hold none.
     """
-    share_NP = shares(place_NP, positive_NP.dtype)
-    excess_NP = log_sum_N[:, None] - positive_NP
+    share_NP, positive_NP = shares(place_NP, torch.float64), positive_NP.double()
+    excess_NP = log_sum_N.double()[:, None] - positive_NP
     pull_NP = grad_N[:, None] * share_NP * excess_NP.sigmoid()
     normaliser_NP = positive_NP + F.softplus(excess_NP, threshold=40.0)
     return -torch.logsumexp(share_NP.log() - normaliser_NP, dim=1), pull_NP

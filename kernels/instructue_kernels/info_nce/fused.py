@@ -342,7 +342,7 @@ def contrast_fused(
     """The same function as `contrast` by Triton kernels, for float32 and shorter vectors and scales up to 160."""
     if not len(anchor_ND):
         empty_SN = anchor_ND.new_empty(1 + both, 0, dtype=torch.float32)
-        return empty_SN, torch.empty_like(empty_SN), anchor_ND.new_empty(place_NP.shape, dtype=torch.float32)
+        return empty_SN, empty_SN.double(), anchor_ND.new_empty(place_NP.shape, dtype=torch.float32)
     labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
     with _on(anchor_ND):
         job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels)
@@ -351,7 +351,6 @@ def contrast_fused(
         for one in _hard(job, hard_NRD, margin, slice(0, len(anchor_ND))):
             own_C = torch.logsumexp(one.logit_CR.double(), dim=1)
             log_sum_SN[0, one.rows] = torch.logaddexp(log_sum_SN[0, one.rows], own_C)
-    log_sum_SN = log_sum_SN.float()
     loss_SN = torch.stack([losses(one_N, job.positive_NP, place_NP) for one_N in log_sum_SN])
     return loss_SN, log_sum_SN, job.positive_NP
 
@@ -456,7 +455,7 @@ class _Gradients:
         self.factors = [
             (root * (-0.5 * one.double()).exp()).float() for root, one in zip(roots, self.normalisers, strict=True)
         ]
-        self.pull_NP = sum((one for _, one in found[1:]), found[0][1]).contiguous()
+        self.pull_NP = sum((one for _, one in found[1:]), found[0][1]).float().contiguous()
         self.coefficient = job.scale * self.weight / self.gain
         self.anchor_ND, self.candidate_KD = job.anchor_ND, job.candidate_KD
         if not self.fold:
@@ -487,7 +486,7 @@ class _Gradients:
     def of_hard(self, one: _Hard) -> torch.Tensor:
         """`[C, R]` gradients by cosine of hard negatives, over weight and scale."""
         normaliser_C1 = self.normalisers[0][one.rows, None]
-        return self.weight_SN[0, one.rows, None] * (one.logit_CR - normaliser_C1).exp()
+        return self.weight_SN[0, one.rows, None] * (one.logit_CR - normaliser_C1).exp().float()
 
     def in_product(self, unit_CD: torch.Tensor, rows: slice) -> torch.Tensor:
         """A gradient of unit vectors as it stands in the products of this class."""
