@@ -9,7 +9,8 @@ writing.
 
 By default the LLM and the text encoder are the default ones cut to a few narrow layers of random weights, so that one
 per cent of the users are more than a handful in a run of a minute. `--default-models` takes the real ones: then a user
-costs more, and the fixed overhead counts for less.
+costs more, and the fixed overhead counts for less. `--in-process` leaves Spark out: made-up packed histories, buckets
+one after the other in this process, in processor seconds, which do not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -24,16 +25,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from common import RESULTS, Measurement, append_csv, measure, write_json
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from instructue_feast.config import ModelSettings, load_config
+import instructue_spark.backfill as backfill
+import instructue_spark.embed as embed
+from instructue_feast import schema
+from instructue_feast.config import InstructueConfig, ModelSettings, load_config
 from instructue_feast.datasets.project import write_project
 from instructue_feast.model.bundled import resolve
-from instructue_feast.runs.manifest import parse_as_of
+from instructue_feast.model.encoders import describe_encoder
+from instructue_feast.runs.manifest import BucketMarker, ExtractManifest, parse_as_of, to_json
 from instructue_feast.runs.overview import compare_runs
 from instructue_feast.runs.store import OutputStore
 from instructue_spark.backfill import Backfill, BackfillRequest
@@ -83,15 +89,70 @@ def second_night(store: OutputStore, first: str, second: str, chosen: Callable[[
     return changed
 
 
+def made_up_extract(store: OutputStore, config: InstructueConfig, name: str, users: int) -> None:
+    """Writes an extract without Spark: a few dozen random texts of the first source per user, and their vectors."""
+    rng, texts, buckets = np.random.default_rng(0), 2000, config.output.buckets
+    root, source = Path(store.path("extracts", name)), config.source_names[0]
+    book = {"source": [source] * texts, "text_id": range(texts), "text": [f"text {one}" for one in range(texts)]}
+    (root / "phrasebook").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pydict(book, schema=schema.PHRASEBOOK), root / "phrasebook" / "part-0.parquet")
+    version = describe_encoder(config.encoder_of(source)).version
+    vectors = rng.normal(size=(texts, describe_encoder(config.encoder_of(source)).dim)).astype(np.float32)
+    folder = Path(store.path("event_vectors", version[:16], name))
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pydict({"text_id": range(texts), "vector": list(vectors)}, schema=schema.EVENT_VECTORS)
+    pq.write_table(table, folder / "part-0.parquet")
+    (folder / "_SUCCESS").touch()
+    tokens = 0
+    for bucket in range(buckets):
+        rows = []
+        for user in range(bucket, users, buckets):
+            size = int(rng.integers(10, 60))
+            tokens += size
+            rows.append(
+                {
+                    "user_id": f"u{user:06d}", "as_of": parse_as_of(AS_OF), "source_index": [0] * size,
+                    "text_id": rng.choice(texts, size, replace=False), "count_bucket": rng.integers(0, 5, size),
+                    "age_bucket": rng.integers(0, 9, size),
+                    "num_events": [size] + [0] * (len(config.source_names) - 1),
+                    "tabular_numeric": rng.normal(size=len(config.numeric_columns)),
+                }
+            )  # fmt: skip
+        (root / "history" / f"bucket={bucket}").mkdir(parents=True)
+        table = pa.Table.from_pylist(rows, schema=schema.PACKED_HISTORY)
+        pq.write_table(table, root / "history" / f"bucket={bucket}" / "part-0.parquet")
+    manifest = ExtractManifest(
+        extract_id=name, as_of=parse_as_of(AS_OF).isoformat(), created=AS_OF, history_digest=config.history_digest(),
+        sources=list(config.source_names), buckets=buckets, users=users, events=tokens, distinct_texts=texts,
+        tokens=tokens, counts={}, seconds=0.0,
+    )  # fmt: skip
+    store.write_json(to_json(manifest), "extracts", name, "manifest.json")
+
+
+def without_spark() -> None:
+    """Makes backfills of this process embed their buckets here, one after the other; their texts are encoded."""
+
+    def embed_here(
+        _spark: object, plan: embed.RunPlan, _store: object, _extract: object, buckets: list[int], *_: object
+    ) -> tuple[list[BucketMarker], int]:
+        return [embed._embed_bucket(plan, bucket) for bucket in buckets], 0
+
+    backfill.embed_users = embed_here
+    backfill.encode_new_texts = lambda *_: 0
+    backfill.Backfill.spark = None
+
+
 def timed(spark: object, config: object, extract: str, run: str, *, incremental: bool) -> dict[str, float]:
     """Seconds of a backfill after its extraction, as a whole and of its stages."""
     stream = io.StringIO()
     request = BackfillRequest(
         config=config, as_of=parse_as_of(AS_OF), extract_id=extract, run_id=run, incremental=incremental, publish=False
     )
-    started = time.perf_counter()
+    clock = time.process_time if spark is None else time.perf_counter
+    embed._worker_embedder.cache_clear()  # every backfill loads its model
+    started = clock()
     Backfill(spark, request, Reporter(stream=stream)).run()
-    seconds = {"total": time.perf_counter() - started}
+    seconds = {"total": clock() - started}
     for line in stream.getvalue().splitlines():
         event = json.loads(line)
         if event["event"] == "stage_done":
@@ -106,21 +167,28 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="one of so many users has changed")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--in-process", action="store_true", help="without Spark, in processor seconds")
     parser.add_argument("--default-models", action="store_true", help="the real ones, slower")
     parser.add_argument("--json", help="write the results there as well")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        spark = get_session("incremental benchmark", cores=arguments.cores)
-        write_synthetic(spark, folder, users=arguments.users, seed=1)
         write_project(folder, "synthetic")
         config = load_config(folder / "instructue.yaml")
         if not arguments.default_models:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, **cut_models(folder)))
         store = OutputStore(config.output.path)
-        started = time.perf_counter()
-        run_extract(spark, config, parse_as_of(AS_OF), extract_id="one", reporter=Reporter(stream=None))
-        extraction = time.perf_counter() - started
+        spark, extraction = None, []
+        if arguments.in_process:
+            torch.set_num_threads(1)
+            made_up_extract(store, config, "one", arguments.users)
+            without_spark()
+        else:
+            spark = get_session("incremental benchmark", cores=arguments.cores)
+            write_synthetic(spark, folder, users=arguments.users, seed=1)
+            started = time.perf_counter()
+            run_extract(spark, config, parse_as_of(AS_OF), extract_id="one", reporter=Reporter(stream=None))
+            extraction = [time.perf_counter() - started]
         last = arguments.users
         changed = second_night(store, "one", "two", lambda number: number % arguments.every == 0)
         second_night(store, "one", "few", lambda number: number in (1, last))
@@ -136,17 +204,20 @@ def main() -> None:
     if found.only_first or found.only_second or carried != arguments.users - changed:
         raise SystemExit(f"not equal: {found}, {carried} carried")
     llm = "default" if arguments.default_models else "llama-6x192"
-    scale = f"users={arguments.users} changed={changed} instructions={len(config.instructions)} llm={llm}"
+    how = "in-process" if arguments.in_process else f"local[{arguments.cores}]"
+    scale = f"users={arguments.users} changed={changed} instructions={len(config.instructions)} llm={llm} {how}"
+    clock = "processor_seconds" if arguments.in_process else "seconds"
     one = f"one in {arguments.every} changed"
 
     def row(variant: str, metric: str, values: list[float], unit: str) -> Measurement:
         return measure("incremental", variant, values, scale=scale, metric=metric, unit=unit, packages=PACKAGES)
 
     turns = list(zip(seconds["changed"], seconds["few"], seconds["full"], strict=True))
-    rows = [row("both", "extraction_seconds", [extraction], "s")]
+    rows = [row("both", "extraction_seconds", extraction, "s")] if extraction else []
     for variant, name in (("full", "full"), (one, "changed"), ("two users changed", "few")):
-        rows.append(row(variant, "seconds_after_extraction", [each["total"] for each in seconds[name]], "s"))
-        rows.append(row(variant, "embed_seconds", [each["embed"] for each in seconds[name]], "s"))
+        rows.append(row(variant, f"{clock}_after_extraction", [each["total"] for each in seconds[name]], "s"))
+        if not arguments.in_process:
+            rows.append(row(variant, "embed_seconds", [each["embed"] for each in seconds[name]], "s"))
     rows += [
         row(one, "cost_over_fixed", [(a["total"] - b["total"]) / c["total"] for a, b, c in turns], "of full"),
         row(one, "cost_with_fixed", [a["total"] / c["total"] for a, _, c in turns], "of full"),
