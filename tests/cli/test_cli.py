@@ -62,7 +62,7 @@ def test_a_backfill_that_cannot_work_is_refused_before_spark_starts(config, argu
 
 
 def test_errors_are_json_when_json_was_asked_for(config, capsys):
-    assert main(["backfill", "--config", str(config), "--as-of", "2017-10-01", "--json"]) == 2
+    assert main(["backfill", "--config", str(config), "--as-of", "2017-10-01T00:00:00", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["type"] == "ConfigError"
     assert "time zone" in error["message"]
