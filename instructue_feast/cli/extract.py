@@ -15,7 +15,7 @@ from instructue_feast.errors import ConfigError
 
 AsOfOption = Annotated[
     list[str] | None,
-    typer.Option("--as-of", help="Exclusive upper bound on event time, ISO 8601 with zone, a date is midnight UTC; repeatable."),
+    typer.Option("--as-of", help="Events before it count; ISO 8601 with zone, or a date for midnight UTC; repeatable."),
 ]
 AsOfListOption = Annotated[Path | None, typer.Option("--as-of-list", help="A file with one as_of in each line.")]
 EveryOption = Annotated[str, typer.Option(help="Step of a series of as_ofs: 7d, 4w.")]
