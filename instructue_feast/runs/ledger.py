@@ -162,6 +162,8 @@ def note_published(store: OutputStore, run_id: str, previous: str | None, note: 
     """Notes that a run is published now, and that the previous one is superseded."""
     note_state(store, run_id, RunState.PUBLISHED, note)
     ledger = read_ledger(store, previous) if previous not in (None, run_id) else None
+    if ledger is not None and ledger.state is RunState.AUDITED:  # its publisher died before it could say so
+        ledger = ledger.with_state(RunState.PUBLISHED)
     if ledger is not None and ledger.state is RunState.PUBLISHED:
         write_ledger(store, ledger.with_state(RunState.SUPERSEDED, f"by {run_id}"))
 

@@ -155,6 +155,7 @@ class Backfill:
         self._spark, self._session = spark, spark if isinstance(spark, SparkSession) else None
         self._tag = ""
         self._verified: str | None = None
+        self._found = self._begun = False
 
     def run(self) -> RunManifest:
         """Does what is missing."""
@@ -171,13 +172,10 @@ class Backfill:
             default = new_id(request.as_of, self.config.history_digest(), created.isoformat())
             run_id = check_id("run", request.run_id or default)
         store.require_free(self.config.output.min_free_gib)
-        if request.resume is None and store.exists("runs", run_id, "manifest.json"):
-            ledger = read_ledger(store, run_id)
-            if ledger is None or ledger.state is not RunState.AUDITED or not ledger.plan.publish:
-                hint = f"publish it with `instructue publish {run_id}`, or choose another id"
-                raise RunConflictError(f"run {run_id} is finished", hint)
+        if store.exists("runs", run_id, "manifest.json"):
+            self._refuse_finished(run_id)
         lease = take(store, "runs", run_id)
-        self._tag = f"runs-{run_id}"
+        self._tag, self._found = f"runs-{run_id}", store.exists("runs", run_id, "ledger.json")
         try:
             manifest = self._owned(run_id, created, instructions, lease)
         except BaseException as error:
@@ -187,6 +185,20 @@ class Backfill:
         if self._session is not None:
             self._session.sparkContext.removeJobTag(self._tag)
         return manifest
+
+    def _refuse_finished(self, run_id: str) -> None:
+        """Raises unless there is something left to do of a run that has a manifest."""
+        ledger = read_ledger(self.store, run_id)
+        state = ledger.state if ledger is not None else None
+        if self.request.resume is None:
+            left = ledger is not None and state is RunState.AUDITED and ledger.plan.publish
+        else:  # what was published once must not replace what is current by being resumed
+            current = current_publication(self.store)
+            was_published = state in (RunState.PUBLISHED, RunState.SUPERSEDED)
+            left = not was_published or (current is not None and current.run_id == run_id)
+        if not left:
+            hint = f"publish it with `instructue publish {run_id}`, or choose another id"
+            raise RunConflictError(f"run {run_id} is finished", hint)
 
     @property
     def spark(self) -> SparkSession:
@@ -342,7 +354,7 @@ class Backfill:
         note = "" if not ledger.attempts else f"resumed, was {ledger.state}"
         ledger = dataclasses.replace(ledger.with_state(RunState.RUNNING, note), attempts=ledger.attempts + 1)
         write_ledger(self.store, ledger)
-        self.work.attempt = ledger.attempts
+        self.work.attempt, self._begun = ledger.attempts, True
 
     def _extracted(self, ledger: Ledger) -> ExtractManifest:
         """The run's extract: the one asked for, the one an earlier process finished, or a new one."""
@@ -428,7 +440,8 @@ class Backfill:
         store = self.store
         try:
             lease.check()
-        except RunConflictError:
+        except InstructueError:
+            lease.release()  # where it is still ours
             return
         lease.release()  # workers still at it now refuse to write
         if self._session is not None:
@@ -437,9 +450,12 @@ class Backfill:
                 self._session.sparkContext.removeJobTag(self._tag)
         if store.exists("runs", run_id, "manifest.json"):
             return  # finished; only its publication failed
-        ledger = None
-        with suppress(InstructueError):
+        if self._found and not self._begun:
+            return  # somebody's unfinished run, which this request does not fit: it stays as it is
+        try:
             ledger = read_ledger(store, run_id)
+        except InstructueError:
+            return  # nobody knows what there is to lose
         mendable = isinstance(error, StorageError) or not isinstance(error, InstructueError)
         if ledger is not None and (mendable or ledger.attempts > 1):
             with suppress(InstructueError):  # on a full disk it stays `running`, which resumes as well

@@ -62,6 +62,15 @@ def test_publishing_a_run_supersedes_the_one_before(tmp_path):
     assert [read_ledger(store, name).state for name in ("one", "two")] == ["published", "superseded"]
 
 
+def test_a_run_whose_publisher_died_before_it_could_say_so_is_superseded_all_the_same(tmp_path):
+    store = OutputStore(str(tmp_path))
+    for name in ("one", "two"):
+        write_ledger(store, ledger(name, *FINISHED))
+    note_published(store, "two", "one")
+    assert read_ledger(store, "one").state is RunState.SUPERSEDED
+    assert unfinished_runs(store) == []
+
+
 def test_latest_is_the_unfinished_run_that_was_touched_last(tmp_path):
     store = OutputStore(str(tmp_path))
     with pytest.raises(ConfigError, match="no run is unfinished"):

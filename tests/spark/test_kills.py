@@ -6,6 +6,7 @@ workers of a run die, or their disk or storage fails.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,8 +22,8 @@ import pytest
 
 import instructue_spark.embed as embedding
 from instructue_feast.config import InstructueConfig
-from instructue_feast.errors import RunConflictError, StorageError, VersionMismatchError
-from instructue_feast.runs.ledger import read_ledger
+from instructue_feast.errors import RunConflictError, SchemaError, StorageError, VersionMismatchError
+from instructue_feast.runs.ledger import RunState, note_state, read_ledger, write_ledger
 from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
@@ -30,6 +31,7 @@ from instructue_spark.backfill import Backfill, BackfillRequest, run_backfill
 from instructue_spark.report import Reporter
 from tests.fake_runs import write_fake_run
 from tests.projects import AS_OF, NUM_USERS, load, make_project
+from tests.runs.test_ledger import FINISHED, ledger
 
 pytestmark = pytest.mark.spark
 
@@ -201,3 +203,36 @@ def test_a_run_is_not_resumed_with_other_settings(project, store):
     with pytest.raises(VersionMismatchError, match="planned with other settings: instructions"):
         run_backfill(no_spark, BackfillRequest(config=project, resume="damaged", instructions=["taste"]), SILENT)
     assert len(markers(store, "damaged")) == BUCKETS
+
+
+@pytest.mark.parametrize("how", [{"run_id": "killed-once", "as_of": AS_OF}, {"resume": "killed-once"}])
+def test_a_refused_request_leaves_what_a_killed_first_attempt_has_made(project, store, how):
+    write_ledger(store, dataclasses.replace(ledger("killed-once", RunState.RUNNING), attempts=1, extract_id="whole"))
+    store.write_json({}, "runs", "killed-once", "bucket=00000", "marker.json")
+    store.write_json({}, "extracts", "whole", "manifest.json")
+    before = store.read_json("runs", "killed-once", "ledger.json")
+    with pytest.raises(VersionMismatchError, match="planned with other settings"):
+        run_backfill(no_spark, BackfillRequest(config=project, **how), SILENT)
+    assert store.read_json("runs", "killed-once", "ledger.json") == before
+    assert store.exists("runs", "killed-once", "bucket=00000", "marker.json")
+    assert store.exists("extracts", "whole", "manifest.json")
+    store.remove("runs", "killed-once")
+
+
+def test_a_run_whose_ledger_cannot_be_read_is_not_removed(project, store):
+    store.write_json({"plan": {}}, "runs", "unknown", "ledger.json")
+    store.write_json({}, "runs", "unknown", "bucket=00000", "marker.json")
+    with pytest.raises(SchemaError, match="not a ledger"):
+        run_backfill(no_spark, BackfillRequest(config=project, as_of=AS_OF, run_id="unknown"), SILENT)
+    assert store.exists("runs", "unknown", "bucket=00000", "marker.json")
+    store.remove("runs", "unknown")
+
+
+def test_resuming_a_run_that_was_superseded_does_not_bring_it_back(project, store):
+    old, new = (write_fake_run(store, f"2025-01-0{day}T00:00:00Z") for day in (1, 2))
+    write_ledger(store, ledger(old, *FINISHED))
+    note_state(store, old, RunState.PUBLISHED)
+    publish(store, new)
+    with pytest.raises(RunConflictError, match=f"run {old} is finished"):
+        run_backfill(no_spark, BackfillRequest(config=project, resume=old), SILENT)
+    assert current_publication(store).run_id == new
