@@ -199,7 +199,7 @@ def publish_over(
     try:
         for view in publication.views:
             _fill(store, before, publication.id, view, manifest)
-        publication = _with_histories(store, before, publication, manifest)
+        publication = _with_histories(store, before, kept, publication, manifest)
         document = dataclasses.asdict(publication)
         store.write_json(document, "published", publication.id, "publication.json")
         move_pointer(store, before, document)
@@ -353,13 +353,17 @@ def _fill(
 
 
 def _with_histories(
-    store: OutputStore, before: Publication | None, publication: Publication, manifest: RunManifest
+    store: OutputStore,
+    before: Publication | None,
+    kept: Publication | None,
+    publication: Publication,
+    manifest: RunManifest,
 ) -> Publication:
     """Adds the packed histories of the run's model version, and keeps those of the one before."""
     name = history_view_name(manifest.model_version)
-    known = {one.name: one for one in before.histories} if before else {}
+    known = {one.name: one for one in kept.histories} if kept else {}
     current = publish_histories(store, publication.id, manifest, known.get(name))
-    previous = before.current_history if before else None
+    previous = kept.current_history if kept else None
     others = [one for one in known.values() if one.name != name]
     if previous not in (None, name):
         promoted = promoted_names(store)

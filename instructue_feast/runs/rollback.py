@@ -85,7 +85,9 @@ def _rebuilt(store: OutputStore, current: Publication, manifest: RunManifest, ke
             views.append(dataclasses.replace(view, runs=runs))
     left = {view.name for view in views}
     names = {instruction: name for instruction, name in current.current.items() if name in left}
-    kept = dataclasses.replace(current, views=views, current=names)
+    histories = [one for one in current.histories if datetime.fromisoformat(one.as_of) < as_of]
+    previous = current.current_history if current.current_history in {one.name for one in histories} else None
+    kept = dataclasses.replace(current, views=views, current=names, histories=histories, current_history=previous)
     publication = publish_over(store, manifest, current, kept, keep_runs)
     note_published(store, manifest.run_id, current.run_id, "rolled back to")
     return publication

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from instructue_feast.errors import ConfigError, DataError
+from instructue_feast.runs.manifest import parse_as_of
 from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.rollback import rollback
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.tombstones import Tombstones
+from instructue_feast.schema import PACKED_HISTORY
 from tests.fake_runs import write_fake_run
 
 DAYS = [f"2017-10-0{day}T00:00:00Z" for day in range(1, 6)]
@@ -94,3 +97,21 @@ def test_erased_users_do_not_come_back_by_publishing_or_rolling_back(store):
             move()
         assert "anna" not in str(caught.value)
     assert current_publication(store).run_id == second
+
+
+def test_packed_histories_go_back_with_the_run(store):
+    users = ["anna", "otto"]
+    rows = {"user_id": users, "as_of": [parse_as_of(DAYS[0])] * 2} | {
+        name: [[], []] for name in PACKED_HISTORY.names[2:]
+    }
+    folder = store.path("extracts", "extract", "history", "bucket=0")
+    store.fs.makedirs(folder)
+    pq.write_table(pa.table(rows, schema=PACKED_HISTORY), f"{folder}/part-0.parquet")
+    store.write_json({}, "extracts", "extract", "manifest.json")
+    runs = [published(store, day, users=users, seed=seed) for seed, day in enumerate(DAYS[:3])]
+    for name in store.names("published")[:2]:
+        store.remove("published", name)
+    assert [one.run_id for one in current_publication(store).histories] == [runs[2]]
+    rolled = rollback(store, runs[1])
+    assert [one.run_id for one in rolled.histories] == [runs[1]]
+    assert rolled.current_history == rolled.histories[0].name
