@@ -150,20 +150,27 @@ def owner_of(store: OutputStore, *folder: str) -> Owner | None:
 
 
 def still_owned(store: OutputStore, token: str, *folder: str) -> bool:
-    """Whether the owner with that token still owns the folder."""
-    owner = owner_of(store, *folder)
-    return owner is not None and owner.token == token
+    """Whether the owner with that token still owns the folder.
+
+    Raises:
+        StorageError: Its document cannot be read, which says nothing about who owns the folder.
+    """
+    if not store.exists(*folder, "owner.json"):
+        return False
+    return bool(store.read_json(*folder, "owner.json").get("token") == token)
 
 
 def is_live(store: OutputStore, owner: Owner, *folder: str) -> bool:
     """Whether an owner is alive, as far as can be told from here."""
     if owner.place == _place():
         return _born(owner.pid) == owner.born != ""
-    try:
+    last = owner.started  # between taking a folder and its first heartbeat
+    with suppress(StorageError):
         beat = store.read_json(*folder, "heartbeat.json")
-        last = beat["at"] if beat.get("token") == owner.token else owner.started
+        last = str(beat.get("at")) if beat.get("token") == owner.token else last
+    try:
         age = (datetime.now(UTC) - datetime.fromisoformat(last)).total_seconds()
-    except (StorageError, KeyError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return False
     return age < STALE_AFTER_SECONDS
 

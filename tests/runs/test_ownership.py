@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from instructue_feast.errors import RunConflictError
+from instructue_feast.errors import RunConflictError, StorageError
+from instructue_feast.runs import ownership
 from instructue_feast.runs.ownership import STALE_AFTER_SECONDS, Owner, owner_of, still_owned, take
 from instructue_feast.runs.store import OutputStore
 
@@ -66,6 +68,35 @@ def test_an_owner_elsewhere_lives_as_long_as_its_heartbeat_is_young(store, ago, 
             take(store, *FOLDER)
     else:
         take(store, *FOLDER).check()
+
+
+def test_an_owner_elsewhere_lives_before_its_first_heartbeat(store):
+    owned_by(store, place="another machine", host="worker-7")
+    with pytest.raises(RunConflictError, match="worker-7"):
+        take(store, *FOLDER)
+
+
+def test_a_read_that_fails_once_is_no_takeover(store, monkeypatch):
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.01)
+    lease = take(store, *FOLDER)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read_json", failing)
+        with pytest.raises(StorageError, match="cannot read"):
+            lease.check()
+        time.sleep(0.1)
+    before = store.read_json(*FOLDER, "heartbeat.json")
+    for _ in range(500):
+        if store.read_json(*FOLDER, "heartbeat.json") != before:
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("its heart has stopped")
+    lease.check()
+    lease.release()
+
+
+def failing(*parts: str) -> dict:
+    raise StorageError(f"cannot read {parts[-1]}", "mend it")
 
 
 def test_who_was_taken_over_notices_and_does_not_release_the_other_one(store):
