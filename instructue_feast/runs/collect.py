@@ -17,7 +17,7 @@ from instructue_feast.errors import ConfigError, RunConflictError
 from instructue_feast.runs.ledger import RunState, read_ledger
 from instructue_feast.runs.overview import RunStatus, run_status
 from instructue_feast.runs.ownership import is_live, owner_of, take
-from instructue_feast.runs.publish import current_publication, outdated_publications, stored_publications
+from instructue_feast.runs.publish import Publication, current_publication, outdated_publications, stored_publications
 from instructue_feast.runs.reader import run_manifest
 from instructue_feast.runs.store import OutputStore
 
@@ -51,7 +51,7 @@ class CollectOptions:
         unpublished: Also finished runs that were never published.
         extracts: Also finished extracts that no run was made of.
         keep_folders: How many published runs keep their folder, with model, soft tokens and extract; the newest by
-            `as_of`. All of them for `None`.
+            `as_of`, and whatever a view or its packed histories are read with. All of them for `None`.
     """
 
     grace: timedelta = timedelta(days=7)
@@ -75,7 +75,7 @@ def find_garbage(store: OutputStore, options: CollectOptions, *, now: datetime |
     kept = [one for one in stored_publications(store) if one.id not in outdated]
     runs = {run.run_id: run.as_of for one in kept for view in one.views for run in view.runs}
     newest = sorted(runs, key=lambda run_id: datetime.fromisoformat(runs[run_id]))
-    protected = {one.run_id for one in kept[-1:]} | {publication.run_id if publication else ""}
+    protected = _read_online(kept[-1:] + ([publication] if publication else []))
     protected.update(newest if options.keep_folders is None else newest[-options.keep_folders :])
     statuses = [run_status(store, run_id, publication) for run_id in store.names("runs")]
     bases = {one.base_run for one in statuses if one.state in _UNFINISHED}
@@ -94,6 +94,15 @@ def find_garbage(store: OutputStore, options: CollectOptions, *, now: datetime |
             if not store.exists(*folder, "_SUCCESS"):
                 garbage += _old(store, "event vectors", folder, "its writer died", before)
     return garbage
+
+
+def _read_online(publications: list[Publication]) -> set[str]:
+    """Runs whose model or soft tokens answer lookups: the published ones, and the newest of each view and history."""
+    found = {one.run_id for one in publications}
+    for one in publications:
+        found.update(view.newest.run_id for view in one.views)
+        found.update(history.run_id for history in one.histories)
+    return found
 
 
 def remove_garbage(store: OutputStore, garbage: list[Garbage], options: CollectOptions) -> list[Garbage]:

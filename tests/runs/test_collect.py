@@ -16,7 +16,7 @@ from instructue_feast.runs.ownership import take
 from instructue_feast.runs.publish import current_publication, publish
 from instructue_feast.runs.reader import read_run
 from instructue_feast.runs.store import OutputStore
-from tests.fake_runs import write_fake_run
+from tests.fake_runs import INSTRUCTIONS, write_fake_run
 from tests.runs.test_ledger import PLAN
 
 DAYS = [f"2017-10-0{day}T00:00:00Z" for day in range(1, 6)]
@@ -101,6 +101,15 @@ def test_unpublished_runs_and_lone_extracts_only_go_on_demand(store):
     assert set(found(store)) == {"extracts/half"}
     assert set(found(store, unpublished=True)) == {"extracts/half", f"runs/{run}"}
     assert set(found(store, extracts=True)) == {"extracts/half", "extracts/lone"}
+
+
+def test_the_run_a_view_before_is_looked_up_with_keeps_its_folder(store):
+    before = write_fake_run(store, DAYS[0])
+    newer = [write_fake_run(store, day, versions=dict.fromkeys(INSTRUCTIONS, "v2")) for day in DAYS[1:3]]
+    for run in (before, *newer):
+        publish(store, run)
+    age(store)
+    assert {name for name in found(store, keep_folders=1) if name.startswith("runs/")} == {f"runs/{newer[0]}"}
 
 
 def test_old_published_runs_can_do_without_their_folder(store):
