@@ -33,6 +33,7 @@ Matcher = Callable[[pa.ChunkedArray], pa.ChunkedArray]
 INDEXES = "indexes"
 """Folder of search indexes; one that knows an erased user is dropped whole, to be built again."""
 
+_SCRATCH = ".erasing"
 _AREAS = ("extracts", "runs", "published", "user_qa", INDEXES)
 
 
@@ -103,6 +104,7 @@ def erase_files(store: OutputStore, matches: Matcher) -> ErasedFiles:
     files = others = 0
     replaced: dict[int, str] = {}  # inode -> the path that has its successor
     with pointer_lock(store), _explained(store):
+        _remove_scratch(store)
         for area, path in _user_files(store):
             if area == INDEXES:
                 if _count(store, path, matches):
@@ -126,6 +128,13 @@ def erase_files(store: OutputStore, matches: Matcher) -> ErasedFiles:
         _mend_runs(store)
         _mend_publications(store)
     return ErasedFiles(dict(rows), others, files, sorted(set(dropped)))
+
+
+def _remove_scratch(store: OutputStore) -> None:
+    """Removes what an erasure that was killed left beside the files; there is none at work but this one."""
+    for area in _AREAS if store.is_local else ():
+        for path in Path(store.path(area)).rglob(f".*{_SCRATCH}"):
+            path.unlink(missing_ok=True)
 
 
 def find_in_files(store: OutputStore, matches: Matcher) -> FoundInFiles:
@@ -173,7 +182,7 @@ def _rewrite(store: OutputStore, path: str, matches: Matcher) -> tuple[int, int]
         table = pq.ParquetFile(stream).read()
     mask = pc.fill_null(matches(table.column("user_id")), False)
     kept = table.filter(pc.invert(mask))
-    scratch = f"{path}.{uuid.uuid4().hex}.tmp" if store.is_local else path
+    scratch = _scratch(path) if store.is_local else path
     try:
         with store.fs.open(scratch, "wb") as stream:
             pq.write_table(kept, stream, compression="zstd", use_dictionary=False)
@@ -209,12 +218,17 @@ def _same_rows(left: pa.Table, right: pa.Table) -> bool:
 
 
 def _relink(source: str, path: str) -> None:
-    scratch = f"{path}.{uuid.uuid4().hex}.tmp"
+    scratch = _scratch(path)
     try:
         os.link(source, scratch)
     except OSError:
         shutil.copyfile(source, scratch)
     Path(scratch).replace(path)
+
+
+def _scratch(path: str) -> str:
+    """A hidden file beside one that is replaced: no reader of the folder takes it for data."""
+    return f"{Path(path).parent}/.{Path(path).name}.{uuid.uuid4().hex}{_SCRATCH}"
 
 
 def _rows(store: OutputStore, path: str) -> int:

@@ -378,7 +378,7 @@ def _with_histories(
 
 def _link_histories(store: OutputStore, before: str, publication_id: str, history: PublishedHistory) -> None:
     old, new = ("published", before, history.name), ("published", publication_id, history.name)
-    names = store.names(*old)
+    names = [name for name in store.names(*old) if not name.startswith(".")]
     if len(names) != history.files:
         raise StorageError(
             f"{store.url(*old)} has {len(names)} files, not {history.files}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,14 +107,10 @@ def _erased_in_publication(store: OutputStore, publication: Publication) -> int:
     erased = Tombstones(store)
     if not len(erased):
         return 0
-    files = {
-        name: store.path("published", publication.id, view.name, name)
-        for view in publication.views
-        for name in store.names("published", publication.id, view.name)
-    }
+    folder = ("published", publication.id)
+    files = {Path(path).name: path for view in publication.views for path in store.files(*folder, view.name)}
     for history in publication.histories:
-        for name in store.names("published", publication.id, history.name):
-            files[f"{history.name}/{name}"] = store.path("published", publication.id, history.name, name)
+        files |= {path: path for path in store.files(*folder, history.name)}
     found = 0
     for path in files.values():
         try:

@@ -41,6 +41,16 @@ def published(store: OutputStore, day: str, **values) -> str:
     return run
 
 
+def write_histories(store: OutputStore, users: list[str]) -> None:
+    """The extract fake runs name, with an empty history for each user."""
+    rows = {"user_id": users, "as_of": [parse_as_of(DAYS[0])] * len(users)}
+    rows |= {name: [[]] * len(users) for name in PACKED_HISTORY.names[2:]}
+    folder = store.path("extracts", "extract", "history", "bucket=0")
+    store.fs.makedirs(folder)
+    pq.write_table(pa.table(rows, schema=PACKED_HISTORY), f"{folder}/part-0.parquet")
+    store.write_json({"users": len(users)}, "extracts", "extract", "manifest.json")
+
+
 def test_going_back_serves_what_was_served_before(store):
     first = published(store, DAYS[0])
     before, document = served(store), store.read_json("published.json")
@@ -101,13 +111,7 @@ def test_erased_users_do_not_come_back_by_publishing_or_rolling_back(store):
 
 def test_packed_histories_go_back_with_the_run(store):
     users = ["anna", "otto"]
-    rows = {"user_id": users, "as_of": [parse_as_of(DAYS[0])] * 2} | {
-        name: [[], []] for name in PACKED_HISTORY.names[2:]
-    }
-    folder = store.path("extracts", "extract", "history", "bucket=0")
-    store.fs.makedirs(folder)
-    pq.write_table(pa.table(rows, schema=PACKED_HISTORY), f"{folder}/part-0.parquet")
-    store.write_json({}, "extracts", "extract", "manifest.json")
+    write_histories(store, users)
     runs = [published(store, day, users=users, seed=seed) for seed, day in enumerate(DAYS[:3])]
     for name in store.names("published")[:2]:
         store.remove("published", name)
