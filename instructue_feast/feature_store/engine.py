@@ -28,7 +28,7 @@ from feast.value_type import ValueType
 
 from instructue_feast.feature_store.online import EmbeddingStore, WireRows, from_micros, is_ours, to_micros
 from instructue_feast.feature_store.scan import Batch, Columns, Scan
-from instructue_feast.feature_store.session import is_quiet
+from instructue_feast.feature_store.session import is_overwriting, is_quiet
 from instructue_feast.feature_store.wire import Storage, encode_bytes, encode_vectors, entity_keys
 
 _BATCH = 2_500  # rows read, encoded and written at a time: while one is written, the next is read
@@ -111,13 +111,14 @@ class EmbeddingEngine(ComputeEngine):  # type: ignore[misc]
         size = min(config.materialization_config.online_write_batch_size or _BATCH, _BATCH)
         store = _writer(self.online_store, config, view)
         storage: Storage = getattr(config.online_store, "vector_storage", "float32")
-        revision = published_at(view)
+        revision, overwrite = published_at(view), is_overwriting()
         bar = task.tqdm_builder(scan.rows) if task.tqdm_builder and not is_quiet() else None
         stored = 0
         try:
             # The next batch is read and encoded while this one is written.
             with ThreadPoolExecutor(1) as reader:
-                for rows in _ahead(reader, (wire_rows(view, one, revision, storage) for one in scan.batches(size))):
+                batches = (wire_rows(view, one, revision, storage, overwrite) for one in scan.batches(size))
+                for rows in _ahead(reader, batches):
                     stored += store(rows)
                     if bar is not None:
                         bar.update(len(rows.keys))
@@ -164,7 +165,9 @@ def published_at(view: FeatureView) -> int | None:
     return to_micros(made.replace(tzinfo=UTC))
 
 
-def wire_rows(view: FeatureView, batch: Batch, revision: int | None, storage: Storage) -> WireRows:
+def wire_rows(
+    view: FeatureView, batch: Batch, revision: int | None, storage: Storage, overwrite: bool = False
+) -> WireRows:
     """A batch as it is stored."""
     mapping = view.batch_source.field_mapping or {}
     values = {
@@ -176,7 +179,7 @@ def wire_rows(view: FeatureView, batch: Batch, revision: int | None, storage: St
     else:
         revisions = batch.event if batch.created is None else batch.created
     keys = entity_keys(view.entity_columns[0].name, batch.ids.to_pylist())
-    return WireRows(keys, values, batch.event, batch.created, revisions)
+    return WireRows(keys, values, batch.event, batch.created, revisions, overwrite)
 
 
 def _columns(view: FeatureView) -> Columns:

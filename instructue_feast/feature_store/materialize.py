@@ -18,9 +18,10 @@ from instructue_feast.errors import ConfigError, PublishConflictError, StorageEr
 from instructue_feast.feature_store.histories import read_histories
 from instructue_feast.feature_store.lookup import read_stored, served_view
 from instructue_feast.feature_store.online import OWNER, OWNER_TAG
-from instructue_feast.feature_store.session import open_store, quiet
+from instructue_feast.feature_store.session import open_store, overwriting, quiet
 from instructue_feast.feature_store.views import feature_views
 from instructue_feast.feature_store.wire import Storage, as_stored
+from instructue_feast.feature_store.withdrawn import remove_withdrawn_users, withdrawn_runs
 from instructue_feast.runs.audit import vector_matrix
 from instructue_feast.runs.histories import FEATURE, PublishedHistory
 from instructue_feast.runs.items import FEATURE as ITEM_FEATURE
@@ -29,6 +30,7 @@ from instructue_feast.runs.publish import Publication, PublishedView, current_pu
 from instructue_feast.runs.store import OutputStore
 
 CONFIG_NAME = "instructue.yaml"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SAMPLED_FILES = 4
 _SAMPLED_ROWS = 16  # of each sampled file
 
@@ -94,7 +96,8 @@ def materialize(
 
     Each view gets an explicit window that holds exactly the `as_of` of its newest run. (An incremental materialization
     never goes back, so it would miss a run published late.) The views before the current ones keep the online data they
-    have, for a rollback.
+    have, for a rollback. After a rollback the online store goes back too: newer rows are replaced, and users whom only
+    the withdrawn runs have are removed.
 
     Args:
         repo: Folder with `feature_store.yaml` and `instructue.yaml`; `apply_repo` must have registered the publication.
@@ -125,9 +128,7 @@ def materialize(
     done = []
     for view in publication.current_views:
         started = time.monotonic()
-        as_of = datetime.fromisoformat(view.newest.as_of)
-        with quiet():
-            store.materialize(as_of - timedelta(seconds=1), as_of, feature_views=[view.name])
+        _write(store, output, publication, view, view.newest.as_of)
         rows = _verify(store, output, publication, view)
         seconds = round(time.monotonic() - started, 3)
         result = MaterializedView(view.name, rows, seconds, view.instruction, view.newest.as_of)
@@ -136,9 +137,8 @@ def materialize(
             on_view(result)
     history = next((one for one in publication.histories if one.name == publication.current_history), None)
     if history:
-        started, as_of = time.monotonic(), datetime.fromisoformat(history.as_of)
-        with quiet():
-            store.materialize(as_of - timedelta(seconds=1), as_of, feature_views=[history.name])
+        started = time.monotonic()
+        _write(store, output, publication, history, history.as_of)
         _verify_histories(store, output, publication, history)
         seconds = round(time.monotonic() - started, 3)
         done.append(MaterializedView(history.name, history.rows, seconds, FEATURE, history.as_of))
@@ -160,6 +160,22 @@ def materialize(
             f"publication {publication.id} was replaced while it was materialized", "apply and materialize again"
         )
     return done
+
+
+def _write(
+    store: FeatureStore,
+    output: OutputStore,
+    publication: Publication,
+    view: PublishedView | PublishedHistory,
+    as_of: str,
+) -> None:
+    last = datetime.fromisoformat(as_of)
+    withdrawn = withdrawn_runs(output, publication, view)
+    # Who was in a withdrawn run and not in this one gets back what an earlier run had.
+    first = _EPOCH if withdrawn else last - timedelta(seconds=1)
+    with quiet(), overwriting(bool(withdrawn)):
+        remove_withdrawn_users(store, output, publication, view, withdrawn)
+        store.materialize(first, last, feature_views=[view.name])
 
 
 def _output(folder: Path) -> OutputStore:

@@ -65,6 +65,7 @@ class WireRows:
         revision: Decides between two rows of the same event time: the higher one stays. Microseconds: of the
             publication for published rows, so that a run published again wins over one computed after it; of `created`
             for all others.
+        overwrite: Replace also what is newer: the publication was taken back, and what is newer with it.
     """
 
     keys: list[bytes]
@@ -72,6 +73,7 @@ class WireRows:
     event_micros: npt.NDArray[np.int64]
     created_micros: npt.NDArray[np.int64] | None
     revision: npt.NDArray[np.int64]
+    overwrite: bool = False
 
 
 @runtime_checkable

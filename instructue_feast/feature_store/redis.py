@@ -41,11 +41,12 @@ FeastRow = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 _BLOCK = 500  # rows in one script call: what readers see at once, and a few milliseconds of the server's time
 
 # One call stores a block of rows of one event time and one revision. A row is skipped if the stored event time is
-# later, or the same with a higher revision. Redis runs a script as a whole, so no reader sees half a block and no other
-# writer comes between the comparison and the write.
+# later, or the same with a higher revision, unless the call overwrites. Redis runs a script as a whole, so no reader
+# sees half a block and no other writer comes between the comparison and the write.
 _WRITE = """
 local ts_field, rev_field, ts, micros, rev = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local ttl, until_ms, features, stored = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), 0
+local overwrite = ARGV[9] == '1'
 local clock = redis.call('TIME')
 local now_ms = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function number(raw, i)
@@ -69,7 +70,9 @@ end
 for n, key in ipairs(KEYS) do
   local old = redis.call('HMGET', key, ts_field, rev_field)
   local keep = true
-  if old[1] == ts then
+  if overwrite then
+    keep = true
+  elseif old[1] == ts then
     keep = rev < 0 or not old[2] or tonumber(old[2]) <= rev
   elseif old[1] then
     keep = time(old[1]) < micros
@@ -77,8 +80,8 @@ for n, key in ipairs(KEYS) do
   if keep then
     local row = {'HSET', key, ts_field, ts, rev_field, rev < 0 and '0' or ARGV[5]}
     for f = 1, features do
-      row[#row + 1] = ARGV[8 + f]
-      row[#row + 1] = ARGV[8 + features + (n - 1) * features + f]
+      row[#row + 1] = ARGV[9 + f]
+      row[#row + 1] = ARGV[9 + features + (n - 1) * features + f]
     end
     local fresh = until_ms > 0 and redis.call('EXISTS', key) == 0
     redis.call(unpack(row))
@@ -146,7 +149,7 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         return result
 
     def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> int:
-        """Stores rows in blocks, each of them at once, except where something newer is stored.
+        """Stores rows in blocks, each at once, except where something newer is stored and `rows.overwrite` is not set.
 
         Returns:
             How many rows were stored.
@@ -171,6 +174,7 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
                     options.key_ttl_seconds or 0,
                     _until(view, event) if options.expire_with_ttl else -1,
                     len(features),
+                    int(rows.overwrite),
                     *features,
                     *(column[place] for place in places for column in columns),
                 ]

@@ -15,6 +15,7 @@ from feast import FeatureStore
 from instructue_feast.errors import ConfigError
 
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+_OVERWRITING: ContextVar[bool] = ContextVar("overwriting", default=False)
 
 
 def open_store(repo: Path | str) -> FeatureStore:
@@ -61,3 +62,18 @@ def quiet() -> Iterator[None]:
 def is_quiet() -> bool:
     """Whether the code runs inside `quiet`: then our engine draws no progress bar either."""
     return _QUIET.get()
+
+
+@contextlib.contextmanager
+def overwriting(yes: bool) -> Iterator[None]:
+    """Lets our engine replace newer rows of an online store, because what they came from was taken back."""
+    token = _OVERWRITING.set(yes)
+    try:
+        yield
+    finally:
+        _OVERWRITING.reset(token)
+
+
+def is_overwriting() -> bool:
+    """Whether the code runs inside `overwriting(True)`."""
+    return _OVERWRITING.get()

@@ -122,7 +122,7 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         return rows
 
     def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> int:
-        """Stores rows in one transaction, except where something newer is stored.
+        """Stores rows in one transaction, except where something newer is stored and `rows.overwrite` is not set.
 
         Returns:
             How many rows were stored.
@@ -138,13 +138,14 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         if vectors:
             columns.append("vector_value")
             width = 4 * vector_column(config, view).dim
+        statement = _upsert(table, columns, guarded=not rows.overwrite)
         stored = 0
         with _transaction(connection):
             for feature, values in rows.values.items():
                 parts: list[Any] = [rows.keys, [feature] * len(event), values, event, created, revision]
                 if vectors:
                     parts.append([value[-width:] for value in values])
-                cursor = connection.executemany(_upsert(table, columns), zip(*parts, strict=True))
+                cursor = connection.executemany(statement, zip(*parts, strict=True))
                 stored = max(stored, cursor.rowcount)
         return stored
 
@@ -238,13 +239,17 @@ def _micros(seconds: list[int | None]) -> npt.NDArray[np.int64]:
     return np.array([UNKNOWN_TIME if one is None else one * _SECOND for one in seconds], dtype=np.int64)
 
 
-def _upsert(table: str, columns: Sequence[str]) -> str:
+def _upsert(table: str, columns: Sequence[str], *, guarded: bool = True) -> str:
     name = _quoted(table)
     changed = ", ".join(f"{one} = excluded.{one}" for one in columns[2:])
-    return (
+    statement = (
         f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({_marks(len(columns))}) "  # noqa: S608
-        f"ON CONFLICT (entity_key, feature_name) DO UPDATE SET {changed} "
-        f"WHERE (excluded.event_ts, coalesce(excluded.revision, {_LAST})) "
+        f"ON CONFLICT (entity_key, feature_name) DO UPDATE SET {changed}"
+    )
+    if not guarded:
+        return statement
+    return (
+        f"{statement} WHERE (excluded.event_ts, coalesce(excluded.revision, {_LAST})) "
         f">= ({name}.event_ts, coalesce({name}.revision, 0))"
     )
 

@@ -13,6 +13,7 @@ from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.feature_store.session import open_store
 from instructue_feast.feature_store.views import feature_views
 from instructue_feast.runs.publish import current_publication, publish
+from instructue_feast.runs.rollback import rollback
 from instructue_feast.runs.store import OutputStore
 from tests.fake_runs import INSTRUCTIONS, unit_vectors, user_names, write_fake_run, write_feast_repo
 
@@ -112,6 +113,26 @@ def test_a_running_lookup_follows_a_rollback_after_refresh(repo):
     after = embeddings.get(["user-0001"], ["churn"])
     np.testing.assert_array_equal(before.vectors["churn"], unit_vectors(2, ["user-0001"], "churn"))
     np.testing.assert_array_equal(after.vectors["churn"], unit_vectors(0, ["user-0001"], "churn"))
+
+
+@pytest.mark.parametrize("as_of", [OCTOBER, NOVEMBER])
+def test_after_a_rollback_the_online_store_goes_back_too(any_repo, as_of):
+    first, second = user_names(12), [*user_names(12)[:6], "newcomer"]
+    publish_run(any_repo, users=first, seed=1)
+    materialize(any_repo)
+    publish_run(any_repo, as_of, users=second, seed=2)
+    materialize(any_repo)
+    assert UserEmbeddings(any_repo).get(["newcomer"], ["churn"]).found["churn"].all()
+    rollback(output(any_repo))
+    apply_repo(any_repo)
+    materialize(any_repo)
+    found = UserEmbeddings(any_repo).get([*first, "newcomer"], ["churn"])
+    assert found.found["churn"].tolist() == [True] * 12 + [False]
+    np.testing.assert_array_equal(found.vectors["churn"][:12], unit_vectors(1, first, "churn"))
+    publish_run(any_repo, DECEMBER, users=first, seed=3)
+    materialize(any_repo)
+    found = UserEmbeddings(any_repo).get(first, ["churn"])
+    np.testing.assert_array_equal(found.vectors["churn"], unit_vectors(3, first, "churn"))
 
 
 def test_views_older_than_the_previous_one_disappear_from_the_registry(repo):
