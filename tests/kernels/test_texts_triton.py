@@ -88,3 +88,34 @@ def check_ops():
 
 def test_they_are_well_behaved_custom_ops(interpreted):
     assert all(set(one.values()) == {"SUCCESS"} for one in interpreted(check_ops))
+
+
+def strided_both_ways():
+    """Rows, buckets, scales and slots that are columns of something wider, by Triton and by the reference."""
+    from instructue_kernels.adapter import adapter
+    from instructue_kernels.prompt_slots import Events, prompt_slots
+    from instructue_kernels.text_pool import text_pool
+    from tests.kernels import test_adapter_op, test_prompt_slots_op, test_text_pool_op
+
+    def column(one):
+        return torch.stack([one, one.flip(0)], dim=-1)[..., 0]
+
+    found = []
+    for impl in ("triton", "reference"):
+        vectors, scale = test_adapter_op.store(9, 6, dtype=torch.int8)
+        rows, offsets = map(column, test_adapter_op.ragged([2, 1, 4], 9))
+        weights = [one.float().requires_grad_() for one in test_adapter_op.weights(3, 6, 5, 4)]
+        soft = adapter(vectors, *weights, rows=rows, offsets=offsets, scale=column(scale), impl=impl)
+        found.append([soft, *torch.autograd.grad(soft.sum(), weights)])
+        own, soft, offsets, rows = test_text_pool_op.problem([3, 0, 2], 4, 2, 5, dtype=torch.float32)
+        pooled = text_pool(own, soft, column(offsets), rows=column(rows), impl=impl)
+        found[-1] += test_text_pool_op.gradients(pooled, own, soft)
+        table, events, slots = test_prompt_slots_op.problem(3, 5, 4, 2, (12,), dtype=torch.float32)
+        filled = prompt_slots(table, Events(*events[:3], *map(column, events[3:])), column(slots), impl=impl)
+        found[-1] += test_prompt_slots_op.gradients(filled, table, *events[:3])
+    return [[one.detach() for one in own] for own in found]
+
+
+def test_indices_need_not_be_contiguous(interpreted):
+    for ours, theirs in zip(*interpreted(strided_both_ways), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -243,8 +243,9 @@ def backward(
 def _ready(texts: Texts, parameters: Parameters) -> tuple[Texts, Parameters]:
     """Offsets on the device, and everything as the kernels index it."""
     vectors = texts.vectors_UD if texts.vectors_UD.stride(1) == 1 else texts.vectors_UD.contiguous()
-    ready = texts._replace(vectors_UD=vectors, offsets=texts.offsets.to(vectors.device, non_blocking=True))
-    return ready, Parameters(*(one.contiguous() for one in parameters))
+    offsets = texts.offsets.to(vectors.device, non_blocking=True).contiguous()
+    rows, scale = (None if one is None else one.contiguous() for one in (texts.rows_N, texts.scale_U))
+    return Texts(vectors, rows, offsets, scale), Parameters(*(one.contiguous() for one in parameters))
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -89,9 +89,9 @@ def forward(table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor, dtype
     number, (rows, hidden) = len(slots_P), table_VH.shape
     filled_PH = table_VH.new_empty(number, hidden, dtype=dtype)
     if number:
-        floats = [one.contiguous() for one in (table_VH, *events[:3])]
+        inputs = [one.contiguous() for one in (table_VH, *events, slots_P)]
         fill_kernel[(triton.cdiv(number, BLOCK_SLOTS), triton.cdiv(hidden, BLOCK_HIDDEN))](
-            *floats, *events[3:], slots_P, filled_PH, number, rows, hidden,
+            *inputs, filled_PH, number, rows, hidden,
             BLOCK_P=BLOCK_SLOTS, BLOCK_H=BLOCK_HIDDEN, num_warps=4,
         )  # fmt: skip
     return filled_PH
@@ -101,7 +101,7 @@ def backward(
     grad_PH: torch.Tensor, table_VH: torch.Tensor, events: Events, slots_P: torch.Tensor, needed: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `chunked.backward`."""
-    rows = len(table_VH)
+    rows, slots_P = len(table_VH), slots_P.contiguous()
     of_table, of_soft, of_count, of_age = (
         one.new_empty(len(one) * need, one.shape[1]) for one, need in zip((table_VH, *events[:3]), needed, strict=True)
     )
@@ -139,7 +139,7 @@ def _sum_buckets(
     share = triton.cdiv(len(slots_P), parts)
     found = torch.empty(parts, buckets, hidden, dtype=torch.float32, device=grad_PH.device)
     buckets_kernel[(parts, triton.cdiv(hidden, BUCKET_HIDDEN))](
-        grad_PH, slots_P, bucket_T, found, len(slots_P), rows, hidden, buckets, share,
+        grad_PH, slots_P, bucket_T.contiguous(), found, len(slots_P), rows, hidden, buckets, share,
         BLOCK_P=BLOCK_SUMMED, BLOCK_C=block_of(buckets), BLOCK_H=BUCKET_HIDDEN, num_warps=4, num_stages=3,
     )  # fmt: skip
     total_CH.copy_(found.sum(0))

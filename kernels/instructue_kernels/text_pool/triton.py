@@ -94,7 +94,7 @@ def forward(
     weights_TK: torch.Tensor, soft_NH: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """As `chunked.forward`."""
-    soft_NH, offsets = soft_NH.contiguous(), offsets.to(soft_NH.device, non_blocking=True)
+    soft_NH, offsets, rows = _ready(soft_NH, offsets, rows)
     runs, columns, hidden = len(offsets) - 1, weights_TK.shape[1], soft_NH.shape[1]
     parts = [
         _pool(own_TK.contiguous(), soft_NH, offsets, rows, runs, hidden)
@@ -104,6 +104,14 @@ def forward(
     if not parts:
         return soft_NH.new_zeros(runs, columns, hidden)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _ready(
+    soft_NH: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Offsets on the device, and everything as the kernels index it."""
+    offsets = offsets.to(soft_NH.device, non_blocking=True).contiguous()
+    return soft_NH.contiguous(), offsets, None if rows is None else rows.contiguous()
 
 
 def _pool(
@@ -135,7 +143,7 @@ def backward(
     of_soft: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `chunked.backward`."""
-    soft_NH, offsets = soft_NH.contiguous(), offsets.to(soft_NH.device, non_blocking=True)
+    soft_NH, offsets, rows = _ready(soft_NH, offsets, rows)
     runs, (number, columns), hidden = len(offsets) - 1, weights_TK.shape, soft_NH.shape[1]
     found_TK = weights_TK.new_empty(number * of_weights, columns)
     found_NH = soft_NH.new_empty(len(soft_NH) * of_soft, hidden)
