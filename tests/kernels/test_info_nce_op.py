@@ -312,6 +312,20 @@ def test_half_precision_inputs_are_computed_in_float32_even_under_autocast(impl)
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_scaled_loss_keeps_float16_gradients(symmetric):
+    """As torch.amp.GradScaler scales it: by more than float16 holds, since gradients are less than it holds."""
+    query, key = ((one * 60).half() for one in numbers(512, 512, 64, dtype=torch.float32))
+    gradients = []
+    for impl in ("chunked", "reference"):
+        leaves = [query.clone().requires_grad_(), key.clone().requires_grad_()]
+        loss = info_nce(*leaves, torch.tensor(2.0), symmetric=symmetric, impl=impl)
+        (loss * 2.0**16).backward()
+        gradients.append([one.grad for one in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
 def test_only_what_wants_a_gradient_gets_one():
     query, key = numbers(4, 6, 3)
     key.requires_grad_()

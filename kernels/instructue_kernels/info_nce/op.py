@@ -123,7 +123,8 @@ def info_nce(
             dist.all_reduce(total, group=group)
             weight_N = weight_N * dist.get_world_size(group)
         weight_N = weight_N / (torch.where(total > 0, total, 1) * (1 + symmetric))
-        losses = [_contrast(one, weight_N, log_scale.reshape(()), margin, chosen) for one in found]
+        log_scale = log_scale.reshape(()).to(query.device)
+        losses = [_contrast(one, weight_N, log_scale, margin, chosen) for one in found]
         return torch.stack(losses).sum()
 
 
@@ -227,7 +228,10 @@ def _contrast(
     if impl == "reference":
         return (contrast_reference(*tensors, *labels, margin) * weight_N).sum()
     needs = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in tensors]
-    if impl == "chunked" and not own.both and any(needs):
+    # float16 gradients must be formed from the gradient that comes back: a scaled loss's is too large for float16, and
+    # without it they are too small.
+    half = any(one is not None and one.dtype == torch.float16 for one in tensors)
+    if impl == "chunked" and not own.both and any(needs) and not half:
         loss: torch.Tensor = contrast_once(weight_N, needs, *tensors, *labels, own.compared, margin, 0)[0]
         return loss
     run = fused.contrast_fused if impl == "triton" else contrast
