@@ -244,16 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(rows: Sequence[Compiled]) -> None:
-    """Writes the table of this Triton; rows of other ops that stand there stay."""
-    name, measured = f"compile_triton_{triton.__version__}", {row.op for row in rows}
+    """Writes the table of this Triton; rows of other ops and capabilities that stand there stay."""
+    name, measured = f"compile_triton_{triton.__version__}", {(row.op, row.capability) for row in rows}
     file = RESULTS / f"{name}.csv"
     types = {one.name: int if one.type == "int" else str for one in fields(Compiled)}
     kept = []
     if file.exists():
         with file.open(newline="", encoding="utf-8") as stream:
-            lines = [one for one in csv.DictReader(stream) if one["op"] not in measured]
+            lines = [one for one in csv.DictReader(stream) if (one["op"], int(one["capability"])) not in measured]
         kept = [Compiled(**{key: types[key](value) for key, value in one.items()}) for one in lines]
-    table = sorted([*kept, *rows], key=lambda row: row.op)
+    order = {(one.op, one.kernel.__name__, one.variant, one.capability): place for place, one in enumerate(cases())}
+    place = {id(row): order.get((row.op, row.kernel, row.variant, row.capability), -1) for row in (*kept, *rows)}
+    table = sorted([*kept, *rows], key=lambda row: (row.op, place[id(row)]))
     RESULTS.mkdir(exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [one.name for one in fields(Compiled)])

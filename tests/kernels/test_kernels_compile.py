@@ -38,7 +38,7 @@ def test_an_argument_without_a_type_is_named():
         compile_case(Case(**{name: getattr(case, name) for name in Case.__slots__} | {"signature": incomplete}))
 
 
-def test_a_table_keeps_the_rows_of_other_ops(tmp_path, monkeypatch):
+def test_a_table_keeps_the_rows_of_other_ops_and_capabilities(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_table, "RESULTS", tmp_path)
     zeros = {one.name: 0 for one in dataclasses.fields(compile_table.Compiled)} | {
         "triton": compile_table.triton.__version__
@@ -46,7 +46,8 @@ def test_a_table_keeps_the_rows_of_other_ops(tmp_path, monkeypatch):
     rows = [compile_table.Compiled(**zeros | {"op": op, "kernel": "k", "variant": "v"}) for op in ("b", "a")]
     for one in rows:
         compile_table._write([one])
-    compile_table._write([dataclasses.replace(rows[0], registers=7)])
+    compile_table._write([dataclasses.replace(rows[0], registers=7), dataclasses.replace(rows[0], capability=90)])
+    compile_table._write([dataclasses.replace(rows[0], capability=90, registers=8)])
     (file,) = tmp_path.glob("*.md")
     lines = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith(("| a", "| b"))]
-    assert [(line[0], line[6]) for line in lines] == [("| a", "0"), ("| b", "7")]
+    assert [(line[0], line[3], line[6]) for line in lines] == [("| a", "0", "0"), ("| b", "0", "7"), ("| b", "90", "8")]

@@ -5,7 +5,7 @@ Chosen by what compiles without spills (`benchmarks/results/compile_triton_*.md`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -40,7 +40,8 @@ LARGE_D = 512
 
 _WIDE = Tile(128, 256, 64, 8, 8, 3, tma=True, split=True)
 _SQUARE = Tile(128, 128, 64, 8, 8, 3, tma=True, split=True)
-_NARROW = Tile(128, 64, 64, 8, 8, 3, tma=True)
+_NARROW = Tile(128, 64, 64, 8, 8, 3, tma=False)
+_SMALL = Tile(64, 64, 64, 16, 8, 3, tma=True)
 
 # Capability and whether labels or a margin must be compared, which takes registers: vectors up to LARGE_D, and beyond.
 _HALF = {
@@ -49,7 +50,7 @@ _HALF = {
     (90, False): (_WIDE, Tile(128, 256, 64, 8, 8, 4, tma=True, split=True)),
     (90, True): (_SQUARE, Tile(128, 128, 64, 8, 8, 4, tma=True, split=True)),
     (100, False): (_SQUARE, Tile(128, 128, 64, 8, 8, 4, tma=True, split=True)),
-    (100, True): (_NARROW, _NARROW),
+    (100, True): (_SMALL, _SMALL),
 }
 _FLOAT32 = Tile(64, 64, 32, 16, 8, 3, tma=False)
 INTERPRETED = Tile(32, 64, 32, 2, 4, 1, tma=False, split=True)
@@ -67,5 +68,5 @@ def tile_for(capability: int, size: int, dtype: torch.dtype, *, masked: bool, al
         return _FLOAT32
     known = max(one for one in (80, 90, 100) if one <= max(80, capability))
     if known >= 90 and not aligned:
-        return replace(_NARROW, tma=False)
+        return _NARROW
     return _HALF[known, masked][size > LARGE_D]
