@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -67,6 +68,11 @@ def where() -> str:
     if device == "cpu":
         return f"Triton {release}, interpreted"
     return f"Triton {release} on {torch.cuda.get_device_name()}"
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def capability(device: torch.device) -> int:

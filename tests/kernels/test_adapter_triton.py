@@ -68,9 +68,18 @@ def test_no_texts_give_no_tokens_and_zero_gradients(interpreted):
 
 def refusals():
     from instructue_kernels.adapter import adapter
+    from instructue_kernels.text_pool import text_pool
     from tests.kernels.test_adapter_op import store, weights
 
-    messages = []
+    messages, beyond = [], torch.tensor([0, 2, 4])
+    for call in (
+        lambda: adapter(store(3, 4)[0], *weights(2, 4, 6, 3), offsets=beyond, impl="triton"),
+        lambda: text_pool(torch.ones(3, 1), torch.ones(3, 5), beyond, impl="triton"),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            messages.append(str(error))
     for vectors, dtype in ((store(3, 4)[0].requires_grad_(), torch.float32), (store(3, 4)[0], torch.float64)):
         try:
             adapter(vectors, *weights(1, 4, 6, 3, dtype=dtype), impl="triton")
@@ -81,6 +90,8 @@ def refusals():
 
 def test_what_the_kernels_cannot_do_is_refused(interpreted):
     assert interpreted(refusals) == [
+        "offsets must ascend from 0 to 3, the number of texts, not [0, 2, 4]",
+        "offsets must ascend from 0 to 3, the number of texts, not [0, 2, 4]",
         "impl 'triton' cannot run: vectors that learn; use auto or chunked",
         "impl 'triton' cannot run: float64; use auto or chunked",
     ]

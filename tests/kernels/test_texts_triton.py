@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from instructue_kernels import triton_support
 
 
 def pooled_both_ways(sizes, n, k, h, dtype, shared):
@@ -119,3 +124,10 @@ def strided_both_ways():
 def test_indices_need_not_be_contiguous(interpreted):
     for ours, theirs in zip(*interpreted(strided_both_ways), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors():
+    with FakeTensorMode():
+        second, host = torch.empty(1, device="cuda:1"), torch.empty(1)
+    assert triton_support.on_device_of(second).idx == 1
+    assert isinstance(triton_support.on_device_of(host), nullcontext)

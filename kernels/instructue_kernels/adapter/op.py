@@ -148,7 +148,8 @@ def _adapter(
     if impl == "triton":
         from instructue_kernels.adapter import triton
 
-        return triton.forward(texts, Parameters(*parameters), eps, keep)
+        with triton_support.on_device_of(vectors_UD):
+            return triton.forward(texts, Parameters(*parameters), eps, keep)
     return chunked.forward(texts, Parameters(*parameters), eps, keep)
 
 
@@ -187,7 +188,8 @@ def _adapter_backward(
     if impl == "triton":
         from instructue_kernels.adapter import triton
 
-        of_store, found = triton.backward(*given, of_vectors=of_vectors)
+        with triton_support.on_device_of(vectors_UD):
+            of_store, found = triton.backward(*given, of_vectors=of_vectors)
     else:
         of_store, found = chunked.backward(*given, of_vectors=of_vectors)
     return [of_store, *found]

@@ -48,16 +48,24 @@ class Texts(NamedTuple):
         """N."""
         return len(self.vectors_UD) if self.rows_N is None else len(self.rows_N)
 
+    def check(self) -> list[int]:
+        """The offsets.
+
+        Raises:
+            ValueError: They do not go from 0 to N in ascending order.
+        """
+        bounds: list[int] = self.offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != self.number or bounds != sorted(bounds):
+            raise ValueError(f"offsets must ascend from 0 to {self.number}, the number of texts, not {bounds}")
+        return bounds
+
     def parts(self) -> Iterator[tuple[int, int, int]]:
         """Source, first text, end, of every source with texts.
 
         Raises:
-            ValueError: The offsets do not go from 0 to N in ascending order.
+            ValueError: As `check`.
         """
-        bounds = self.offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != self.number or bounds != sorted(bounds):
-            raise ValueError(f"offsets must ascend from 0 to {self.number}, the number of texts, not {bounds}")
-        for source, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for source, (start, end) in enumerate(itertools.pairwise(self.check())):
             if start < end:
                 yield source, start, end
 

@@ -243,6 +243,8 @@ def backward(
 def _ready(texts: Texts, parameters: Parameters) -> tuple[Texts, Parameters]:
     """Offsets on the device, and everything as the kernels index it."""
     vectors = texts.vectors_UD if texts.vectors_UD.stride(1) == 1 else texts.vectors_UD.contiguous()
+    if texts.offsets.device.type == "cpu":  # elsewhere a look at them would make the GPU wait
+        texts.check()
     offsets = texts.offsets.to(vectors.device, non_blocking=True).contiguous()
     rows, scale = (None if one is None else one.contiguous() for one in (texts.rows_N, texts.scale_U))
     return Texts(vectors, rows, offsets, scale), Parameters(*(one.contiguous() for one in parameters))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +45,6 @@ def problem(query: torch.Tensor, key: torch.Tensor) -> str | None:
 def _problem_of(device_type: str) -> str | None:
     """Asked once by torch.compile, which cannot trace the question."""
     return triton_support.problem(device_type)
-
-
-def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Kernels start on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +338,7 @@ def contrast_fused(
         empty_SN = anchor_ND.new_empty(1 + both, 0, dtype=torch.float32)
         return empty_SN, empty_SN.double(), anchor_ND.new_empty(place_NP.shape, dtype=torch.float32)
     labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
-    with _on(anchor_ND):
+    with triton_support.on_device_of(anchor_ND):
         job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels)
         log_sum_SN = _log_sums(job)
     if hard_NRD is not None:
@@ -381,7 +375,7 @@ def contrast_fused_backward(
         nothing, grad_hard = like(anchor_ND, needs[0]), like(hard_NRD, needs[3], anchor_ND)
         return nothing, like(candidate_KD, needs[1]).zero_(), torch.zeros_like(log_scale), grad_hard
     labels = (anchor_labels_LN, candidate_labels_LK, compared, both, margin, chunk_rows)
-    with _on(anchor_ND):
+    with triton_support.on_device_of(anchor_ND):
         job = _ready(anchor_ND, candidate_KD, log_scale, place_NP, *labels, positive_NP)
         gradients = _Gradients(job, grad_SN, log_sum_SN)
         return _differentiate(job, gradients, needs, anchor_ND, candidate_KD, log_scale, hard_NRD, margin)

@@ -85,7 +85,8 @@ def _prompt_slots(
     if impl == "triton":
         from instructue_kernels.prompt_slots import triton
 
-        return triton.forward(table_VH, Events(*events), slots_P, dtype)
+        with triton_support.on_device_of(table_VH):
+            return triton.forward(table_VH, Events(*events), slots_P, dtype)
     return chunked.forward(table_VH, Events(*events), slots_P, dtype)
 
 
@@ -112,7 +113,8 @@ def _prompt_slots_backward(
     if impl == "triton":
         from instructue_kernels.prompt_slots import triton
 
-        return triton.backward(grad_PH, table_VH, Events(*events), slots_P, needed)
+        with triton_support.on_device_of(table_VH):
+            return triton.backward(grad_PH, table_VH, Events(*events), slots_P, needed)
     return chunked.backward(grad_PH, table_VH, Events(*events), slots_P, needed)
 
 

@@ -40,7 +40,8 @@ def text_pool(
         `[S, K, H]`, zero for an empty run. Once differentiable in weights and soft tokens.
 
     Raises:
-        ValueError: A shape or dtype does not fit, offsets do not ascend from 0 to T, or `impl` is unknown.
+        ValueError: A shape or dtype does not fit, offsets do not ascend from 0 to T (those on a GPU are not looked at
+            by `triton`), or `impl` is unknown.
 
     Example:
         >>> soft, weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.5], [0.5], [1.0]])
@@ -93,7 +94,8 @@ def _text_pool(
     if impl == "triton":
         from instructue_kernels.text_pool import triton
 
-        return triton.forward(weights_TK, soft_NH, offsets, rows)
+        with triton_support.on_device_of(soft_NH):
+            return triton.forward(weights_TK, soft_NH, offsets, rows)
     return chunked.forward(weights_TK, soft_NH, offsets, rows)
 
 
@@ -122,7 +124,9 @@ def _text_pool_backward(
     if impl == "triton":
         from instructue_kernels.text_pool import triton
 
-        return triton.backward(grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
+        wanted = {"of_weights": of_weights, "of_soft": of_soft}
+        with triton_support.on_device_of(soft_NH):
+            return triton.backward(grad_SKH, weights_TK, soft_NH, offsets, rows, **wanted)
     return chunked.backward(grad_SKH, weights_TK, soft_NH, offsets, rows, of_weights=of_weights, of_soft=of_soft)
 
 

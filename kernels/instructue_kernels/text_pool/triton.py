@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from instructue_kernels.text_pool.reference import bounds
+
 # T = texts of all users, N = distinct texts, S = runs of texts, K = columns of weights, H = hidden size
 
 BLOCK_TEXTS = 32
@@ -110,6 +112,8 @@ def _ready(
     soft_NH: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Offsets on the device, and everything as the kernels index it."""
+    if offsets.device.type == "cpu":  # elsewhere a look at them would make the GPU wait
+        bounds(offsets, len(soft_NH) if rows is None else len(rows))
     offsets = offsets.to(soft_NH.device, non_blocking=True).contiguous()
     return soft_NH.contiguous(), offsets, None if rows is None else rows.contiguous()
 
