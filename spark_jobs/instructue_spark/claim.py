@@ -30,9 +30,10 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[N
         RunConflictError: A live process has it, or it is finished.
         StorageError: It cannot be written.
     """
-    if store.exists(*folder, "manifest.json"):
-        raise RunConflictError(f"{store.url(*folder)} is finished", "choose another id")
     lease = take(store, *folder)
+    if store.exists(*folder, "manifest.json"):  # asked once it is owned: until then its maker may be about to finish
+        lease.release()
+        raise RunConflictError(f"{store.url(*folder)} is finished", "choose another id")
     for name in store.names(*folder):
         if not name.startswith(("owner.", "heartbeat.")):
             store.remove(*folder, name)
