@@ -1,7 +1,7 @@
 """`OutputStore`: the folder tree a project writes, on any fsspec URL.
 
     <root>/extracts/<extract_id>/       history/bucket=*/  phrasebook/  quarantine/  manifest.json
-    <root>/event_vectors/<encoder>/     <extract_id>/part-*.parquet, complete when _SUCCESS is there
+    <root>/event_vectors/<encoder>/     <run_id>/part-*.parquet, complete when _SUCCESS is there
     <root>/runs/<run_id>/               ledger.json  bucket=*/{part.parquet,marker.json}  manifest.json  quality/
     <root>/published/<publication>/     <feature view>/<run_id>-<bucket>.parquet
     <root>/published.json               the pointer, moved in one step

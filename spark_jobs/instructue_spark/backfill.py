@@ -402,7 +402,7 @@ class Backfill:
                 f"run {run_id} was planned with another model", "go back to that model, or start another run"
             )
         prompts = soft_prompts_of(self.config, instructions, model)
-        self.work.texts_encoded = encode_new_texts(self.spark, self.config, store, extract, self.reporter)
+        self.work.texts_encoded = encode_new_texts(self.spark, self.config, store, extract, self.reporter, run_id)
         with self.reporter.stage("soft_tokens") as stage:
             stage.rows_in = extract.distinct_texts
             stage.rows_out = build_soft_tokens(self.config, store, model, extract, run_id, prompts)

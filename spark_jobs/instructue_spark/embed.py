@@ -97,7 +97,12 @@ def _encode_texts(name: str, version: str) -> Callable[[Iterator[pa.RecordBatch]
 
 
 def encode_new_texts(
-    spark: SparkSession, config: InstructueConfig, store: OutputStore, extract: ExtractManifest, reporter: Reporter
+    spark: SparkSession,
+    config: InstructueConfig,
+    store: OutputStore,
+    extract: ExtractManifest,
+    reporter: Reporter,
+    run_id: str,
 ) -> int:
     """Encodes the texts of an extract that were never encoded before, each exactly once.
 
@@ -107,6 +112,7 @@ def encode_new_texts(
         store: Where event vectors live, by encoder version.
         extract: The extract whose phrasebook is encoded.
         reporter: Gets the stage `encode`.
+        run_id: The run they are encoded for; two runs of one extract write to folders of their own.
 
     Returns:
         How many texts were encoded.
@@ -129,7 +135,7 @@ def encode_new_texts(
             if known:
                 urls = [store.url(*folder) for folder in known]
                 texts = texts.join(spark.read.parquet(*urls).select("text_id"), "text_id", "left_anti")
-            stage.rows_out += _encode_missing(spark, store, texts, encoder_name, version, extract.extract_id, reporter)
+            stage.rows_out += _encode_missing(spark, store, texts, encoder_name, version, run_id, reporter)
     return stage.rows_out
 
 
@@ -139,7 +145,7 @@ def _encode_missing(
     texts: DataFrame,
     encoder_name: str,
     version: str,
-    extract_id: str,
+    run_id: str,
     reporter: Reporter,
 ) -> int:
     texts = texts.persist()
@@ -149,7 +155,7 @@ def _encode_missing(
         slices = -(-missing // TEXTS_PER_SLICE)
         for index in range(slices):
             part = texts if slices == 1 else texts.where(F.pmod("text_id", F.lit(slices)) == index)
-            name = extract_id if slices == 1 else f"{extract_id}-{index:05d}-of-{slices:05d}"
+            name = run_id if slices == 1 else f"{run_id}-{index:05d}-of-{slices:05d}"
             _encode_slice(spark, store, part, encoder_name, version, name, missing // slices, reporter)
         return missing
     finally:
@@ -167,7 +173,7 @@ def _encode_slice(
     reporter: Reporter,
 ) -> None:
     """Encodes a part of the texts into a folder of its own, which counts when it is complete."""
-    folder = ("event_vectors", version[:16], name)
+    folder = _new_vector_folder(store, version, name)
     tasks = max(1, -(-about // TEXTS_PER_TASK))
     vectors = texts.repartition(tasks, "text_id").mapInArrow(
         _encode_texts(encoder_name, version), spark_schema(schema.EVENT_VECTORS)
@@ -179,6 +185,15 @@ def _encode_slice(
     if written != expected:
         store.remove(*folder)
         raise DataError(f"{written} vectors were made of {expected} texts", "run the backfill again")
+
+
+def _new_vector_folder(store: OutputStore, version: str, name: str) -> tuple[str, ...]:
+    """A folder for new vectors: never one that is complete, as a slice of an earlier attempt may be."""
+    folder, number = ("event_vectors", version[:16], name), 1
+    while store.exists(*folder, "_SUCCESS"):
+        number += 1
+        folder = (*folder[:-1], f"{name}.{number}")
+    return folder
 
 
 def _complete_vector_folders(store: OutputStore, version: str) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import instructue_spark.embed as embedding
 from instructue_feast.config import InstructueConfig
 from instructue_feast.errors import (
     ConfigError,
@@ -148,6 +149,27 @@ def test_the_encoder_runs_once_per_distinct_text_ever(spark, project):
     write_table(raw, "search", [{"customer": "u1", "at": AS_OF.replace(day=1, month=2), "words": "something new"}])
     third = backfill(spark, project)
     assert third.texts_encoded == 1
+
+
+def test_vectors_that_are_complete_are_never_written_over(tmp_path):
+    store, name = OutputStore(str(tmp_path)), "night-00000-of-00003"
+    half = embedding._new_vector_folder(store, "v" * 64, name)
+    store.write_json({}, *half, "part.parquet")
+    assert embedding._new_vector_folder(store, "v" * 64, name) == half
+    store.write_json({}, *half, "_SUCCESS")
+    other = embedding._new_vector_folder(store, "v" * 64, name)
+    assert other != half
+    store.write_json({}, *other, "_SUCCESS")
+    assert len({half, other, embedding._new_vector_folder(store, "v" * 64, name)}) == 3
+
+
+def test_two_runs_of_one_extract_encode_into_folders_of_their_own(spark, project):
+    folder = Path(project.output.path) / "event_vectors"
+    run = backfill(spark, project, publish=False)
+    assert [one.name for one in folder.glob("*/*")] == [run.run_id]
+    shutil.rmtree(folder)
+    backfill(spark, project, extract_id=run.extract_id, run_id="other", publish=False)
+    assert [one.name for one in folder.glob("*/*")] == ["other"]
 
 
 def test_the_number_of_buckets_does_not_change_an_embedding(spark, done, models, tmp_path):
