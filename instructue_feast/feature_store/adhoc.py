@@ -211,6 +211,8 @@ class AdHocEmbeddings:
                 users += len(batch[-1].user_ids)
             alike: dict[tuple[str, str], list[_Request]] = {}
             for one in batch:
+                if not one.answer.set_running_or_notify_cancel():
+                    continue  # nobody waits any more; from here on nobody can leave
                 alike.setdefault((one.run_id, one.instruction.content_hash), []).append(one)
             for requests in alike.values():
                 self._run(requests)

@@ -119,6 +119,24 @@ def test_one_bad_request_does_not_spoil_its_company(published, embedder):
     assert isinstance(bad, ConfigError)
 
 
+def test_whoever_stops_waiting_takes_nobody_else_s_answer_away(published, embedder):
+    repo, _ = published
+    embeddings = UserEmbeddings(repo)
+    embeddings.embed(USERS[:1], "warm up")
+    embeddings.ad_hoc._window = 0.3
+
+    async def both():
+        impatient = asyncio.create_task(embeddings.embed_async(USERS[:2], "What now?"))
+        patient = asyncio.create_task(embeddings.embed_async(USERS[:1], "What now?"))
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        return await asyncio.wait_for(patient, 20)
+
+    found = asyncio.run(both())
+    expected = embedder.encode(HISTORY.take([0]), [Instruction("x", "What now?")])[:, 0]
+    assert cosine(found.vectors, expected).min() >= 1 - 1e-5
+
+
 @pytest.mark.parametrize("text", ["What about <USER>?", "x" * 3000])
 def test_prompt_markup_and_endless_instructions_are_refused(published, text):
     with pytest.raises(ConfigError):
