@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from instructue_feast.config import load_config
@@ -25,6 +26,7 @@ from instructue_feast.runs.publish import Publication, current_publication
 from instructue_feast.runs.reader import run_manifest
 from instructue_feast.runs.serving import served_views
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.tombstones import Tombstones
 from instructue_feast.runs.vectors import ViewVectors, publication_of, read_view
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class UserSearch:
         self._state: tuple[str, tuple[str, ...], dict[str, str]] | None = None
         self._check_at = 0.0
         self._publication: Publication | None = None
+        self._erased = Tombstones(self._store)
         self._views: dict[str, ViewVectors] = {}
         self._indexes: dict[str, UserIndex] = {}
         self._models: dict[str, InstructUEModel] = {}
@@ -110,7 +113,7 @@ class UserSearch:
         if not audience.strip():
             raise ConfigError("an empty description fits nobody", "say whom you look for")
         view = self._view(instruction)
-        return self._nearest(view, self.embed_answers([audience], instruction)[0], k, exact)
+        return self._nearest(view, answer_vectors(self._model(view), [audience])[0], k, exact)
 
     def recommend(
         self, user_id: str, instruction: str, k: int = 10, *, items: Sequence[str] | Mapping[str, str] | None = None
@@ -126,10 +129,12 @@ class UserSearch:
         Raises:
             ConfigError: An unknown instruction, user or item; no published items.
         """
+        if k < 1:
+            raise ConfigError(f"cannot find {k} items", "ask for at least one")
         view = self._view(instruction)
         vector = view.vectors[self._row(view, user_id)]
         if isinstance(items, Mapping):
-            ids, matrix = list(items), self.embed_answers(list(items.values()), instruction)
+            ids, matrix = list(items), answer_vectors(self._model(view), list(items.values()))
         else:
             ids, matrix = read_items(self._store, view.view.model_version)
             if items is not None:
@@ -156,7 +161,8 @@ class UserSearch:
                 raise ConfigError(f"unknown instruction {instruction!r}", did_you_mean(instruction, current))
             name = current[instruction]
             if name not in self._views:
-                self._views[name] = read_view(self._store, self._publication, self._publication.view(name))
+                view = read_view(self._store, self._publication, self._publication.view(name))
+                self._views[name] = _without(view, self._erased)
             return self._views[name]
 
     def _follow(self) -> None:
@@ -169,6 +175,7 @@ class UserSearch:
             state = (publication.id, tuple(self._store.names("tombstones")), served)
             if state != self._state:
                 self._state, self._publication = state, publication
+                self._erased = Tombstones(self._store)
                 self._views.clear()
                 self._indexes.clear()
             self._check_at = time.monotonic() + _CHECK_SECONDS
@@ -189,8 +196,8 @@ class UserSearch:
             keep = [at for at, row in enumerate(rows) if row != without][:k]
         else:
             ids, scores = self._index(view).search(vector, more)
-            own = None if without is None else view.user_ids[without].as_py()
-            keep = [at for at, one in enumerate(ids) if one != own][:k]
+            own, gone = None if without is None else view.user_ids[without].as_py(), self._erased.contains(ids)
+            keep = [at for at, one in enumerate(ids) if one != own and not gone[at]][:k]
         return Hits([ids[at] for at in keep], scores[keep], view.view.name)
 
     def _index(self, view: ViewVectors) -> UserIndex:
@@ -205,6 +212,14 @@ class UserSearch:
             if version not in self._models:
                 self._models = {version: open_run_model(self._store, run_id, version)}
             return self._models[version]
+
+
+def _without(view: ViewVectors, erased: Tombstones) -> ViewVectors:
+    """A view without users who were erased; its files hold them until the erasure has come to these."""
+    if not len(erased):
+        return view
+    kept = np.flatnonzero(~erased.contains(view.user_ids.to_pylist()))
+    return ViewVectors(view.view, view.user_ids.take(pa.array(kept)), view.vectors[kept])
 
 
 def open_run_model(store: OutputStore, run_id: str, version: str) -> InstructUEModel:

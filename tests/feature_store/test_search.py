@@ -17,6 +17,7 @@ from instructue_feast.instructions import Instruction
 from instructue_feast.runs.items import write_items
 from instructue_feast.runs.publish import publish
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.tombstones import Tombstones
 from tests.fake_runs import unit_vectors, user_names, write_fake_run, write_feast_repo
 from tests.feature_store.real_runs import write_real_run
 from tests.model_data import make_history, make_model, make_table
@@ -179,3 +180,18 @@ def test_a_search_at_work_forgets_erased_users_and_follows_publications(tmp_path
     vectors, row = unit_vectors(5, left, "churn"), left.index("user-0001")
     expected = brute_force(vectors, vectors[row], 4, row)
     assert search.similar("user-0001", "churn", k=4).ids == [left[one] for one in expected]
+
+
+def test_users_are_forgotten_as_soon_as_the_tombstone_is_there_before_any_file_is_replaced(tmp_path):
+    repo = tmp_path / "repo"
+    store = write_feast_repo(repo, instructions=["churn"])
+    publish(store, write_fake_run(store, users=60, instructions=["churn"]))
+    build_indexes(repo)
+    search = UserSearch(repo)
+    nearest = search.similar("user-0001", "churn", k=5).ids
+    Tombstones(store).add(nearest[:2])
+    search._check_at = 0.0
+    assert search.similar("user-0001", "churn", k=3).ids == nearest[2:]
+    assert search.similar("user-0001", "churn", k=5, exact=False).ids == nearest[2:]
+    with pytest.raises(ConfigError, match="no such user"):
+        search.similar(nearest[0], "churn")
