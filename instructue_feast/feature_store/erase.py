@@ -180,16 +180,20 @@ class RawSqlite:
         return [user for user, gone in zip(users, tombstones.contains(users), strict=True) if gone]
 
     def find(self, tombstones: Tombstones, user_ids: Sequence[str]) -> FoundOnline:
-        """Reads every key of every table, and looks for the keys of the users in the file's bytes."""
+        """Reads every key of our tables, and looks for the keys of the users in the file's bytes.
+
+        Keys that tables of others hold stay in the file with them, so their bytes prove nothing.
+        """
         users = list(self._users())
         erased = int(tombstones.contains(users).sum())
+        keys = self._not_of_others(keys_of(self._join_key, user_ids))
         for suffix in ("", "-wal", "-journal"):
             file = Path(f"{self._path}{suffix}")
             if file.exists() and user_ids:
                 with file.open("rb") as stream:
                     if file.stat().st_size:
                         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                            erased += sum(1 for key in keys_of(self._join_key, user_ids) if data.find(key) >= 0)
+                            erased += sum(1 for key in keys if data.find(key) >= 0)
         return FoundOnline(len(users), erased)
 
     def _users(self) -> Iterator[str]:
@@ -200,6 +204,23 @@ class RawSqlite:
                 query = f'SELECT entity_key FROM "{table}"'  # noqa: S608 - a table that exists
                 for (key,) in connection.execute(query):
                     yield from _user_of(key, self._join_key)
+
+    def _not_of_others(self, keys: list[bytes]) -> list[bytes]:
+        if not keys or not Path(self._path).exists():
+            return keys
+        held: set[bytes] = set()
+        with closing(self._connect()) as connection:
+            ours = set(self._tables(connection))
+            query = (
+                "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c "
+                "WHERE m.type = 'table' AND c.name = 'entity_key'"
+            )
+            for (table,) in connection.execute(query).fetchall():
+                for part in _blocks(keys) if table not in ours else ():
+                    marks, name = ",".join("?" * len(part)), table.replace('"', '""')
+                    query = f'SELECT entity_key FROM "{name}" WHERE entity_key IN ({marks})'  # noqa: S608 - a table that exists
+                    held.update(key for (key,) in connection.execute(query, part))
+        return [key for key in keys if key not in held]
 
     def _tables(self, connection: sqlite3.Connection) -> list[str]:
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]

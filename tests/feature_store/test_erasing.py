@@ -249,6 +249,20 @@ def test_fields_of_other_views_in_the_same_redis_hash_stay(repo, redis_address):
     assert not client.exists(erasing.keys_of("user_id", ["user-0002"])[0] + b"shared")
 
 
+def test_rows_of_other_views_in_the_same_sqlite_file_stay_and_disprove_nothing(repo):
+    store = OutputStore(str(repo / "data" / "output"))
+    publish(store, write_fake_run(store))
+    apply_repo(repo)
+    materialize(repo)
+    key = erasing.keys_of("user_id", ["user-0001"])[0]
+    with sqlite3.connect(repo / "data" / "online.db") as connection:
+        connection.execute("CREATE TABLE instructue_spending (entity_key BLOB, feature_name TEXT, value BLOB)")
+        connection.execute("INSERT INTO instructue_spending VALUES (?, 'spent', x'00')", [key])
+    assert erase_users(repo, ["user-0001", "user-0002"]).absent
+    with sqlite3.connect(repo / "data" / "online.db") as connection:
+        assert connection.execute("SELECT entity_key FROM instructue_spending").fetchall() == [(key,)]
+
+
 def test_an_unfinished_run_is_named_because_it_may_still_be_written(tmp_path):
     repo = tmp_path / "repo"
     store = write_feast_repo(repo)
