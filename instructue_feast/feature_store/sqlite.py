@@ -28,7 +28,6 @@ from instructue_feast.feature_store.online import (
     WireRows,
     expired,
     to_micros,
-    vector_column,
     versioned_name,
 )
 from instructue_feast.feature_store.wire import (
@@ -137,14 +136,13 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         vectors = config.online_store.vector_enabled
         if vectors:
             columns.append("vector_value")
-            width = 4 * vector_column(config, view).dim
         statement = _upsert(table, columns, guarded=not rows.overwrite)
         stored = 0
         with _transaction(connection):
             for feature, values in rows.values.items():
                 parts: list[Any] = [rows.keys, [feature] * len(event), values, event, created, revision]
                 if vectors:
-                    parts.append([value[-width:] for value in values])
+                    parts.append([_vector_value(as_stock_value(Value.FromString(value))) for value in values])
                 cursor = connection.executemany(statement, zip(*parts, strict=True))
                 stored = max(stored, cursor.rowcount)
         return stored
@@ -280,7 +278,7 @@ def _quoted(name: str) -> str:
 
 
 def _vector_value(value: Value) -> Any:
-    """What Feast keeps a second time for its vector search."""
+    """What Feast keeps a second time for its vector search; always float32."""
     if value.HasField("float_list_val"):
         return np.asarray(value.float_list_val.val, dtype="<f4").tobytes()
     return feast_value_type_to_python_type(value)

@@ -2,20 +2,23 @@
 
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from feast import FeatureView, Field
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import FloatList, Value
+from feast.types import Bytes, String
 from redis import Redis
 
 from instructue_feast.errors import ConfigError, VersionMismatchError
 from instructue_feast.feature_store.online import WireRows, to_micros, vector_column
-from instructue_feast.feature_store.wire import UNKNOWN_TIME, as_stored, encode_vectors, entity_keys
+from instructue_feast.feature_store.wire import UNKNOWN_TIME, as_stored, encode_bytes, encode_vectors, entity_keys
 from tests.fake_runs import unit_vectors, user_names
-from tests.feature_store.stores import embedding_view, open_pair, redis_server
+from tests.feature_store.stores import USER, embedding_view, open_pair, redis_server
 
 OCTOBER, NOVEMBER = datetime(2017, 10, 1, tzinfo=UTC), datetime(2017, 11, 1, tzinfo=UTC)
 USERS = user_names(9)
@@ -86,6 +89,27 @@ def test_our_rows_are_stored_byte_for_byte_as_feast_stores_them(pair):
     pair.ours.store.online_write_batch(pair.ours.config, VIEW, proto_rows(USERS, vectors, OCTOBER), None)
     assert contents(pair) == stock
     assert len(stock) == len(USERS)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_with_feasts_vector_search_switched_on_vectors_and_bytes_are_kept_as_it_expects(tmp_path, storage):
+    view = FeatureView(
+        name="packed_history__v1",
+        entities=[USER],
+        schema=[Field(name="user_id", dtype=String), Field(name="packed_history", dtype=Bytes)],
+        source=VIEW.batch_source,
+    )
+    pair = open_pair("sqlite", tmp_path / "online.db", "p", [VIEW, view], vector_enabled=True)
+    vectors = unit_vectors(0, ["u"], "churn").astype(np.float16).astype(np.float32)
+    write(pair, ["u"], vectors, OCTOBER, storage=storage)
+    rows = replace(wire_rows(["u"], vectors, OCTOBER), values={"packed_history": encode_bytes([b"abc"])})
+    pair.ours.store.write_rows(pair.ours.config, view, rows)
+    connection = pair.ours.store._get_conn(pair.ours.config)
+    kept = [
+        connection.execute(f'SELECT vector_value FROM "p_{one}"').fetchone()[0]
+        for one in ("churn__v1", "packed_history__v1")
+    ]
+    assert kept == [vectors.tobytes(), b"abc"]
 
 
 def stock_read(pair, users, config=None):
