@@ -131,10 +131,15 @@ def erase_files(store: OutputStore, matches: Matcher) -> ErasedFiles:
 
 
 def _remove_scratch(store: OutputStore) -> None:
-    """Removes what an erasure that was killed left beside the files; there is none at work but this one."""
-    for area in _AREAS if store.is_local else ():
-        for path in Path(store.path(area)).rglob(f".*{_SCRATCH}"):
-            path.unlink(missing_ok=True)
+    """Removes half-written files that may hold users: of killed erasures, and of workers killed in finished runs."""
+    if not store.is_local:
+        return
+    left = [path for area in _AREAS for path in Path(store.path(area)).rglob(f".*{_SCRATCH}")]
+    for name in store.names("runs"):
+        if store.exists("runs", name, "manifest.json"):
+            left += Path(store.path("runs", name)).glob("bucket=*/part.parquet.*.tmp")
+    for path in left:
+        path.unlink(missing_ok=True)
 
 
 def find_in_files(store: OutputStore, matches: Matcher) -> FoundInFiles:

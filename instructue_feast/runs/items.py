@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +19,7 @@ from instructue_feast.errors import ConfigError, DataError, StorageError
 from instructue_feast.runs.audit import check_vectors, vector_matrix
 from instructue_feast.runs.manifest import from_json
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import write_parquet
 from instructue_feast.schema import TIMESTAMP
 
 FEATURE = "item_embedding"
@@ -77,24 +75,7 @@ def write_items(
         model_version=model_version, items=len(ids), embedding_dim=vectors.shape[1], created=now.isoformat()
     )
     folder = ("items", model_version[:8])
-    target = store.path(*folder, "items.parquet")
-    scratch = f"{target}.{uuid.uuid4().hex}.tmp" if store.is_local else target
-    try:
-        store.fs.makedirs(store.path(*folder), exist_ok=True)
-        with store.fs.open(scratch, "wb") as stream:
-            pq.write_table(table, stream, compression="zstd", use_dictionary=False)
-            if store.is_local:
-                stream.flush()
-                os.fsync(stream.fileno())
-        if store.is_local:
-            Path(scratch).replace(target)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {store.url(*folder)}: {error.strerror or error}", "free disk space or mend the rights"
-        ) from None
-    finally:
-        if store.is_local:
-            Path(scratch).unlink(missing_ok=True)
+    write_parquet(store, table, *folder, "items.parquet")
     store.write_json(asdict(manifest), *folder, "manifest.json")
     return manifest
 

@@ -62,7 +62,7 @@ def write_bucket(
         bucket=bucket, rows=table.num_rows, digest=bucket_digest(table), tokens=tokens, seconds=round(seconds, 3),
         carried=carried, empty=empty,
     )  # fmt: skip
-    _write_parquet(store, table, "runs", run_id, bucket_folder(bucket), "part.parquet")
+    write_parquet(store, table, "runs", run_id, bucket_folder(bucket), "part.parquet")
     store.write_json(to_json(marker), "runs", run_id, bucket_folder(bucket), "marker.json")
     return marker
 
@@ -96,7 +96,12 @@ def finish_run(store: OutputStore, manifest: RunManifest) -> None:
     store.write_json(to_json(manifest), "runs", manifest.run_id, "manifest.json")
 
 
-def _write_parquet(store: OutputStore, table: pa.Table, *parts: str) -> None:
+def write_parquet(store: OutputStore, table: pa.Table, *parts: str) -> None:
+    """Writes a file of vectors so that a reader sees the old one or the new one, never half of it.
+
+    Raises:
+        StorageError: The disk is full or not writable.
+    """
     target = store.path(*parts)
     scratch = f"{target}.{uuid.uuid4().hex}.tmp" if store.is_local else target
     try:

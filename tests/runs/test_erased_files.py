@@ -48,3 +48,18 @@ def test_what_it_leaves_is_no_data_and_goes_with_the_next_one(tmp_path, monkeypa
     erase_files(store, matching(["anna"]))
     assert not left.exists()
     assert find_in_files(store, matching(["anna"])).erased == 0
+
+
+def test_what_a_killed_worker_left_in_a_finished_run_holds_nobody_afterwards(tmp_path, monkeypatch):
+    store = OutputStore(str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", interrupted)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_fake_run(store, DAYS[0], users=USERS, buckets=1)
+    run = write_fake_run(store, DAYS[0], users=USERS, buckets=1)
+    (left,) = tmp_path.rglob("*.tmp")
+    assert left.parts[-3] == run
+    erase_files(store, matching(["anna"]))
+    assert not left.exists()
+    assert read_run(store, run).column("user_id").to_pylist() == ["otto"]
