@@ -23,13 +23,18 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def problem(device_type: str) -> str | None:
-    """Why no Triton kernel can run on tensors of a device, or None if one can.
+    """Why no Triton kernel can run on tensors of a device, or None if one can; torch.compile asks once.
 
     >>> problem("meta")
     'meta tensors'
     """
+    return _problem(device_type)
+
+
+@functools.cache
+def _problem(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'instructue-feast[kernels]')"
     if device_type == "cpu":
@@ -47,21 +52,21 @@ def problem(device_type: str) -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def auto_allowed(device_type: str) -> bool:
     """Whether `impl="auto"` may choose Triton on a device: a GPU it runs on, and it is not switched off."""
-    return device_type == "cuda" and problem("cuda") is None and os.environ.get("INSTRUCTUE_TRITON", "1") != "0"
+    return device_type == "cuda" and _problem("cuda") is None and os.environ.get("INSTRUCTUE_TRITON", "1") != "0"
 
 
 def why_not() -> str:
     """Why `impl="auto"` does not choose Triton on this machine's GPU."""
     if os.environ.get("INSTRUCTUE_TRITON", "1") == "0":
         return "INSTRUCTUE_TRITON=0"
-    return problem("cuda") or "the CPU"
+    return _problem("cuda") or "the CPU"
 
 
 @functools.cache
 def where() -> str:
     """The GPU and Triton release in words, or why there is no Triton here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = problem(device)
+    found = _problem(device)
     if found is not None:
         return found if device == "cuda" or "installed" in found else "no CUDA device"
     release = importlib.metadata.version("triton")

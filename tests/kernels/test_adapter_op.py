@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instructue_kernels import triton_support
 from instructue_kernels.adapter import adapter, explain_choice
 from instructue_kernels.adapter import chunked as chunked_module
 from instructue_kernels.adapter import op as op_module
@@ -181,6 +184,16 @@ def test_it_compiles_without_a_break_and_not_again_for_other_lengths():
         expected = adapter(vectors, *parameters, rows=rows, offsets=offsets).relu()
         torch.testing.assert_close(compiled(rows, offsets), expected)
     assert len(graphs) <= 2  # the first length, then any
+
+
+def test_torch_compile_does_not_look_into_how_triton_is_found():
+    def asked(x):
+        return x + (triton_support.problem("cpu") is None)
+
+    with mock.patch.object(triton_support, "_problem", return_value=None) as answer:
+        compiled = torch.compile(asked, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)).item() == 1
+    assert answer.call_count == 1
 
 
 def test_autocast_chooses_the_dtype_of_the_products():

@@ -37,14 +37,8 @@ def problem(query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the kernels cannot take these vectors, or None if they can."""
     if compute_dtype(query, key) == torch.float64:
         return "float64 vectors"
-    found: str | None = _problem_of(query.device.type)
+    found: str | None = triton_support.problem(query.device.type)
     return found
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _problem_of(device_type: str) -> str | None:
-    """Asked once by torch.compile, which cannot trace the question."""
-    return triton_support.problem(device_type)
 
 
 @dataclass(frozen=True, slots=True)
