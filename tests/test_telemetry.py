@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from instructue_feast.errors import DataError
 from instructue_feast.telemetry import METRICS_FILE, OTLP_ENDPOINT, PUSHGATEWAY, Telemetry
-from instructue_spark.report import Reporter, _run
+from instructue_spark.report import Reporter, _run, _Stop
 
 SECRET = "user-4711 bought zanzibar vacation"
 COUNTS = {"bill": {"read": 9, "kept": 5, "quarantined": {"null_user": 3}}}
@@ -98,7 +98,7 @@ def test_a_job_is_a_span_with_its_stages_below_the_span_that_started_it(spans):
             stage.rows_out = 12
         return RESULT
 
-    assert _run(job, Reporter(None, telemetry)) == (0, RESULT)
+    assert _run(job, Reporter(None, telemetry), _Stop()) == (0, RESULT)
     embed, backfill = spans.get_finished_spans()
     assert (embed.name, backfill.name) == ("embed", "backfill")
     assert embed.parent.span_id == backfill.context.span_id
@@ -115,7 +115,7 @@ def test_logs_metrics_and_spans_never_quote_an_unexpected_message(spans, tmp_pat
         with reporter.stage("sources"):
             raise error
 
-    code, _ = _run(job, Reporter(stream, telemetry))
+    code, _ = _run(job, Reporter(stream, telemetry), _Stop())
     telemetry.finish(code)
     assert code == error.exit_code if isinstance(error, DataError) else code == 1
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
