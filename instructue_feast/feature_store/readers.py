@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from feast import FeatureStore, FeatureView
@@ -163,7 +164,9 @@ class SqliteReader:
             return own
         local = self._local
         if getattr(local, "pid", None) != os.getpid():  # a connection must not cross a fork
-            local.connection = sqlite3.connect(f"file:{self._path}?mode=rw", uri=True, isolation_level=None, timeout=30)
+            local.connection = sqlite3.connect(
+                f"{Path(self._path).absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=30
+            )
             local.pid = os.getpid()
         connection: sqlite3.Connection = local.connection
         return connection
@@ -231,6 +234,8 @@ class RedisReader:
             connection.disconnect()  # with answers still under way it must not serve anybody else
             if isinstance(error, RedisConnectionError | RedisTimeoutError):
                 return None
+            if isinstance(error, RedisError):
+                raise _unreadable(error) from None
             raise
         finally:
             pool.release(connection)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -16,6 +17,38 @@ from instructue_feast.errors import ConfigError
 
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 _OVERWRITING: ContextVar[bool] = ContextVar("overwriting", default=False)
+
+
+class _Silence:
+    """No stdout, warnings of ibis or advice of Feast, for as long as somebody is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            logger = logging.getLogger("feast.repo_config")
+            self._undo.callback(logger.setLevel, logger.level)
+            # It doubts `serve_features_while_materializing` with a file registry: it is needed.
+            logger.setLevel(logging.ERROR)
+            self._undo.enter_context(warnings.catch_warnings())
+            self._undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            # ibis calls a duckdb function that will be renamed.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+_SILENCE = _Silence()
 
 
 def open_store(repo: Path | str) -> FeatureStore:
@@ -43,20 +76,15 @@ def open_store(repo: Path | str) -> FeatureStore:
 def quiet() -> Iterator[None]:
     """Keeps Feast's prints and advice from mixing with what a command prints itself.
 
-    Not for use in several threads at once: it replaces the process's stdout while it lasts.
+    Replaces the stdout of the whole process while any thread is inside; the last one out puts it back.
     """
-    logger = logging.getLogger("feast.repo_config")
-    level = logger.level
     token = _QUIET.set(True)
-    logger.setLevel(logging.ERROR)  # it doubts `serve_features_while_materializing` with a file registry: it is needed
+    _SILENCE.enter()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            # ibis calls a duckdb function that will be renamed.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            yield
+        yield
     finally:
+        _SILENCE.leave()
         _QUIET.reset(token)
-        logger.setLevel(level)
 
 
 def is_quiet() -> bool:

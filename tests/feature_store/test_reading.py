@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
+from redis import Redis
 
 from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, StorageError, VersionMismatchError
 from instructue_feast.feature_store import readers
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
+from instructue_feast.feature_store.readers import keys_of
+from instructue_feast.feature_store.session import quiet
 from instructue_feast.runs.publish import publish
 from instructue_feast.runs.store import OutputStore
-from tests.fake_runs import INSTRUCTIONS, unit_vectors, use_redis, user_names, write_fake_run
+from tests.fake_runs import INSTRUCTIONS, unit_vectors, use_redis, use_stock, user_names, write_fake_run
 
 OCTOBER, NOVEMBER = "2017-10-01T00:00:00Z", "2017-11-01T00:00:00Z"
 
@@ -264,3 +269,33 @@ def test_a_redis_that_is_down_is_a_storage_error(repo):
     apply_repo(repo)
     with pytest.raises(StorageError, match="online store"):
         UserEmbeddings(repo).get(["user-0001"], list(serve_without_materializing.current)[:1])
+
+
+def test_what_redis_refuses_is_a_storage_error(repo, redis_address):
+    use_redis(repo, redis_address, project="refused")
+    serve(repo)
+    host, port = redis_address.split(":")
+    key = keys_of("user_id", ["odd"])[0] + b"refused"
+    Redis(host=host, port=int(port)).set(key, b"no hash")
+    with pytest.raises(StorageError, match="cannot be read") as error:
+        UserEmbeddings(repo).get(["odd"])
+    assert "odd" not in str(error.value)
+
+
+def test_silence_ends_when_the_last_thread_leaves_it():
+    before, first, second = sys.stdout, quiet(), quiet()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        one.submit(first.__exit__, None, None, None).result()
+        assert sys.stdout is not before
+        other.submit(second.__exit__, None, None, None).result()
+    assert sys.stdout is before
+
+
+def test_a_stock_sqlite_file_may_have_any_name(repo):
+    use_stock(repo)
+    file = repo / "feature_store.yaml"
+    file.write_text(file.read_text().replace("data/online.db", '"data/on#line %20?.db"'))
+    serve(repo)
+    assert UserEmbeddings(repo).get(["user-0001"], ["churn"]).found["churn"].all()
