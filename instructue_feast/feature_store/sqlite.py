@@ -66,7 +66,6 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
     def __init__(self) -> None:
         self._local = threading.local()
         self._generation = 0
-        self._with_revision: set[str] = set()
 
     def _get_conn(self, config: RepoConfig) -> sqlite3.Connection:
         owner = (os.getpid(), self._generation)
@@ -88,7 +87,6 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         if getattr(self._local, "owner", None) == (os.getpid(), self._generation):
             self._local.connection.close()
         self._generation += 1  # other threads open the next file
-        self._with_revision.clear()
         super().teardown(config, tables, entities)
         for suffix in ("-wal", "-shm"):
             Path(f"{self._get_db_path(config)}{suffix}").unlink(missing_ok=True)
@@ -199,9 +197,10 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         return removed
 
     def _ensure_revision(self, connection: sqlite3.Connection, table: str) -> None:
-        """Adds our column to a table that stock Feast made; it names its columns, so it does not mind."""
-        if table in self._with_revision:
-            return
+        """Adds our column to a table that stock Feast made; it names its columns, so it does not mind.
+
+        Looked at for every batch: another process may have removed the view and made it again.
+        """
         with closing(connection.execute(f"PRAGMA table_info({_quoted(table)})")) as cursor:
             names = {row[1] for row in cursor}
         if names and "revision" not in names:
@@ -210,8 +209,6 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
             except sqlite3.OperationalError as error:
                 if "duplicate column" not in str(error):  # another process was faster
                     raise
-        if names:
-            self._with_revision.add(table)
 
 
 def _read(connection: sqlite3.Connection, table: str, column: VectorColumn, keys: list[bytes]) -> StoredVectors:

@@ -91,6 +91,16 @@ def test_our_rows_are_stored_byte_for_byte_as_feast_stores_them(pair):
     assert len(stock) == len(USERS)
 
 
+def test_a_table_that_another_process_made_anew_is_written_too(tmp_path):
+    pair = open_pair("sqlite", tmp_path / "online.db", "p", [VIEW])
+    vectors = unit_vectors(0, USERS, "churn")
+    write(pair, USERS, vectors, OCTOBER)
+    pair.stock.store.update(pair.stock.config, [VIEW], [], [], [], False)
+    pair.stock.store.update(pair.stock.config, [], [VIEW], [], [], False)
+    write(pair, USERS, vectors, OCTOBER)
+    np.testing.assert_array_equal(our_read(pair, USERS).vectors, vectors)
+
+
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_with_feasts_vector_search_switched_on_vectors_and_bytes_are_kept_as_it_expects(tmp_path, storage):
     view = FeatureView(
