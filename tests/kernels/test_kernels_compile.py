@@ -51,3 +51,20 @@ def test_a_table_keeps_the_rows_of_other_ops_and_capabilities(tmp_path, monkeypa
     (file,) = tmp_path.glob("*.md")
     lines = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith(("| a", "| b"))]
     assert [(line[0], line[3], line[6]) for line in lines] == [("| a", "0", "0"), ("| b", "0", "7"), ("| b", "90", "8")]
+
+
+LENGTHS = {
+    "adapter": {"num_texts", "splits"},
+    "info_nce": {"first", "N", "num_anchors", "K"},
+    "prompt_slots": {"P", "V", "share"},
+    "text_pool": set(),
+}
+
+
+def test_no_length_compiles_anything_anew():
+    """Triton compiles again for 1 and for multiples of 16, unless it is told not to."""
+    kernels = {(one.op, one.kernel) for one in compile_table.cases()}
+    assert {op for op, _ in kernels} == set(LENGTHS)
+    for op, kernel in kernels:
+        lengths = [one for one in kernel.params if one.name in LENGTHS[op]]
+        assert all(one.do_not_specialize for one in lengths), kernel.__name__

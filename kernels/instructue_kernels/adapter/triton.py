@@ -56,7 +56,7 @@ def _gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * _HALF_ROOT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_texts"])
 def statistics_kernel(
     vectors, rows, scale, mean, spread, num_texts, D, vector_stride, eps,
     HAS_ROWS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -156,7 +156,7 @@ def product_kernel(
     tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def outer_kernel(
     left, right, rows, scale, mean, spread, offsets, outer, sums, num_sources, X, Y, right_stride, splits,
     NORMALISE: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,

@@ -24,7 +24,7 @@ MAX_PARTS = 64
 _SLOTS_OF_A_PART = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "V"])
 def fill_kernel(
     table, soft, count, age, row_of, count_of, age_of, slots, filled, P, V, H,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -61,7 +61,7 @@ def rows_kernel(grad, order, ends, total, H, BLOCK_H: tl.constexpr):
     tl.store(total + row * H + h, found.to(total.dtype.element_ty), mask=h < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "V", "share"])
 def buckets_kernel(
     grad, slots, bucket_of, total, P, V, H, buckets, share,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
