@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from instructue_feast.cli.console import JsonOption, out, print_json, print_table
 from instructue_feast.cli.materialize import RepoOption
@@ -47,6 +48,6 @@ def embed(
     for row, user in enumerate(users):
         known = bool(found.found[row])
         head = ", ".join(f"{value:+.3f}" for value in found.vectors[row][:6]) + ", …" if known else "not in the store"
-        rows.append([user, str(found.as_of[row])[:10] if known else "", head])
+        rows.append([escape(user), str(found.as_of[row])[:10] if known else "", head])
     print_table("User embeddings", ["user", "as of", "vector"], rows)
     out.print(f"{found.tokens:,} prompt tokens in {found.seconds:.2f} s, model version {found.model_version[:8]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from instructue_feast.cli.console import JsonOption, print_json, print_table
 from instructue_feast.cli.materialize import RepoOption
@@ -48,6 +49,12 @@ def get(
             known = bool(found.found[name][row])
             head = ", ".join(f"{value:+.3f}" for value in vectors[row][:6]) + ", …" if known else "not in the store"
             rows.append(
-                [user, name, str(found.as_of[name][row])[:10] if known else "", vectors.shape[1] if known else "", head]
+                [
+                    escape(user),
+                    name,
+                    str(found.as_of[name][row])[:10] if known else "",
+                    vectors.shape[1] if known else "",
+                    head,
+                ]
             )
     print_table("User embeddings", ["user", "instruction", "as of", "dimensions", "vector"], rows)

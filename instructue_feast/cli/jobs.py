@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from instructue_feast.cli.console import err
@@ -67,7 +68,7 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
                 elif event["event"] == "error":
                     error = error_from_name(event["type"], event["message"], event["hint"])
                 elif event["event"] == "warning":
-                    err.print(f"[yellow]{event['message']}[/]", soft_wrap=True)
+                    err.print(f"[yellow]{escape(event['message'])}[/]", soft_wrap=True)
                 elif stage := display.show(event):
                     result.stages.append(stage)
         except BaseException:

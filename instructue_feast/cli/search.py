@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from instructue_feast.cli.console import JsonOption, out, print_json, print_table
 from instructue_feast.cli.materialize import RepoOption
@@ -111,7 +112,7 @@ def _show(title: str, kind: str, hits: Hits, as_json: bool) -> None:
     if as_json:
         print_json({"view": hits.view, "hits": [{f"{kind}_id": one, "score": round(score, 6)} for one, score in pairs]})
         return
-    rows = [[place, one, f"{score:+.4f}"] for place, (one, score) in enumerate(pairs, 1)]
+    rows = [[place, escape(one), f"{score:+.4f}"] for place, (one, score) in enumerate(pairs, 1)]
     print_table(f"{title} ({hits.view})", ["", kind, "cosine"], rows)
 
 

@@ -126,3 +126,10 @@ def test_check_exits_with_its_verdict(shop, capsys, tmp_path):
     assert code == 11
     assert "failed" in shown.out
     assert "1 of" in shown.err
+
+
+def test_an_id_that_looks_like_markup_is_shown_as_it_is(shop, capsys):
+    code, shown = run(capsys, "get", "[/odd]", "[red]17", "--repo", shop)
+    assert code == 0, shown.err
+    assert "[/odd]" in shown.out
+    assert "[red]17" in shown.out
