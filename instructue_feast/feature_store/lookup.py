@@ -114,6 +114,7 @@ class UserEmbeddings:
         self._resolve_at = 0.0
         self._resolving = threading.Lock()
         self._readers: dict[str, Reader] = {}
+        self._connecting = threading.Lock()
 
     def refresh(self) -> None:
         """Reads the registry again."""
@@ -251,7 +252,9 @@ class UserEmbeddings:
             return {}
         key = next(iter(wanted.values())).join_key
         if key not in self._readers:
-            self._readers[key] = reader_of(self.store, key)
+            with self._connecting:  # stock Feast's stores are not made for threads that come first at the same time
+                if key not in self._readers:
+                    self._readers[key] = reader_of(self.store, key)
         return _read(self._readers[key], wanted, ids)
 
 

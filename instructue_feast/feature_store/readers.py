@@ -22,7 +22,7 @@ from feast.infra.online_stores.redis import RedisClient, RedisOnlineStore
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from redis import Redis
+from redis import ConnectionPool, Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -188,17 +188,18 @@ class RedisReader:
     def __init__(self, store: FeatureStore, join_key: str) -> None:
         self._config, self._online = store.config, store._get_provider().online_store
         self._join_key, self._project = join_key, store.project.encode()
-        # Only the plain client lets many commands go out as one packet without an object for each.
-        self._plain = self._config.online_store.client == RedisClient.redis and isinstance(
-            self._online._get_client(self._config.online_store), Redis
-        )
+        # Only the plain client lets many commands go out as one packet without an object for each. It is held here: a
+        # store that makes another one would close this one's connections with it.
+        client = self._online._get_client(self._config.online_store)
+        plain = self._config.online_store.client == RedisClient.redis and isinstance(client, Redis)
+        self._client: Redis | None = client if plain else None
         self._fields: dict[StoredFeature, tuple[bytes, bytes]] = {}
 
     def read(self, features: Sequence[StoredFeature], user_ids: Sequence[str]) -> list[Column]:
         """See `Reader`."""
         keys = [key + self._project for key in keys_of(self._join_key, user_ids)]
         fields = [field for one in features for field in self._hash_fields(one)]
-        answers = self._read_plain(keys, fields) if self._plain else None
+        answers = None if self._client is None else self._read_plain(self._client.connection_pool, keys, fields)
         if answers is None:
             try:
                 answers = self._online._read_hash_fields(self._config, [(key, fields) for key in keys])
@@ -216,12 +217,11 @@ class RedisReader:
             columns.append(Column(rows, values, times))
         return columns
 
-    def _read_plain(self, keys: list[bytes], fields: list[bytes]) -> list[list[bytes | None]] | None:
+    def _read_plain(self, pool: ConnectionPool, keys: list[bytes], fields: list[bytes]) -> list[list[bytes | None]] | None:
         """All HMGETs in one packet; `None` when the connection broke: redis-py's own way then mends or reports it."""
         head = b"*%d\r\n$5\r\nHMGET\r\n" % (2 + len(fields))
         tail = b"\r\n" + b"".join([b"$%d\r\n%b\r\n" % (len(one), one) for one in fields])
         packet = b"".join([b"%b$%d\r\n%b%b" % (head, len(key), key, tail) for key in keys])
-        pool = self._online._get_client(self._config.online_store).connection_pool
         try:
             connection = pool.get_connection()  # with redis-py's own retries
         except RedisError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -126,6 +127,13 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
     def __init__(self) -> None:
         self._views: dict[str, FeatureView] = {}
         self._script: Any = None
+        self._connecting = threading.Lock()
+
+    def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:
+        """Feast's client, made once: threads that come first at the same time would make several, and each that is
+        dropped closes the connections somebody already reads from."""
+        with self._connecting:
+            return super()._get_client(online_store_config)
 
     def read_columns(
         self, config: RepoConfig, columns: Sequence[VectorColumn], ids: Sequence[str]

@@ -193,6 +193,31 @@ def test_async_lookups_run_side_by_side(any_repo):
     np.testing.assert_array_equal(got, unit_vectors(0, user_names(12), "churn"))
 
 
+def test_threads_that_come_first_share_one_redis_client(repo, redis_address, monkeypatch):
+    use_redis(repo, redis_address, project="first")
+    serve(repo)
+    embeddings = UserEmbeddings(repo)
+    embeddings.served()
+    threads, clients = 8, []
+    together = threading.Barrier(threads)
+
+    def slowly(**options):
+        time.sleep(0.05)  # long enough for every thread to come by while there is no client yet
+        clients.append(Redis(**options))
+        return clients[-1]
+
+    monkeypatch.setattr("feast.infra.online_stores.redis.Redis", slowly)
+
+    def first(user):
+        together.wait()
+        return embeddings.get([user], ["churn"]).vectors["churn"]
+
+    with ThreadPoolExecutor(threads) as pool:
+        got = np.concatenate(list(pool.map(first, user_names(threads))))
+    np.testing.assert_array_equal(got, unit_vectors(0, user_names(threads), "churn"))
+    assert len(clients) == 1
+
+
 def test_a_caller_that_depends_on_a_version_is_refused_any_other(repo):
     version = serve(repo).current["churn"].rpartition("__")[2]
     assert UserEmbeddings(repo, versions={"churn": version}).get(["user-0001"]).found["churn"].all()
