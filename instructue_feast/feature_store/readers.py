@@ -22,7 +22,7 @@ from feast.infra.online_stores.redis import RedisClient, RedisOnlineStore
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from redis import ConnectionPool, Redis
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -192,7 +192,7 @@ class RedisReader:
         # store that makes another one would close this one's connections with it.
         client = self._online._get_client(self._config.online_store)
         plain = self._config.online_store.client == RedisClient.redis and isinstance(client, Redis)
-        self._client: Redis | None = client if plain else None
+        self._client: Any = client if plain else None
         self._fields: dict[StoredFeature, tuple[bytes, bytes]] = {}
 
     def read(self, features: Sequence[StoredFeature], user_ids: Sequence[str]) -> list[Column]:
@@ -217,7 +217,7 @@ class RedisReader:
             columns.append(Column(rows, values, times))
         return columns
 
-    def _read_plain(self, pool: ConnectionPool, keys: list[bytes], fields: list[bytes]) -> list[list[bytes | None]] | None:
+    def _read_plain(self, pool: Any, keys: list[bytes], fields: list[bytes]) -> list[list[bytes | None]] | None:
         """All HMGETs in one packet; `None` when the connection broke: redis-py's own way then mends or reports it."""
         head = b"*%d\r\n$5\r\nHMGET\r\n" % (2 + len(fields))
         tail = b"\r\n" + b"".join([b"$%d\r\n%b\r\n" % (len(one), one) for one in fields])

@@ -130,8 +130,11 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         self._connecting = threading.Lock()
 
     def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:
-        """Feast's client, made once: threads that come first at the same time would make several, and each that is
-        dropped closes the connections somebody already reads from."""
+        """Feast's client, made once.
+
+        Threads that come first at the same time would make several, and each that is dropped closes the connections
+        that somebody already reads from.
+        """
         with self._connecting:
             return super()._get_client(online_store_config)
 
