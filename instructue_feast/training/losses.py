@@ -129,6 +129,10 @@ class Learner(nn.Module):
     def _scale(self) -> torch.Tensor:
         return self.log_scale.clamp(max=math.log(MAX_SCALE))
 
+    def _vectors(self, vector_NE: torch.Tensor) -> torch.Tensor:
+        """What the contrast multiplies: in the LLM's precision, so that with `bf16` a GPU takes the fused kernels."""
+        return vector_NE.to(self.model.llm_dtype)
+
     def _answers(self, batch: TrainingBatch) -> torch.Tensor:
         """`[A, E]` answers of the pass. Each process embeds a share; gradients find their way back to it."""
         world, rank, total = _world(), _rank(), len(batch.answers)
@@ -150,8 +154,8 @@ class Learner(nn.Module):
         weight_N = batch.weight_GK[batch.members].ravel()
         same = self.settings.negatives == "same_question"
         loss: torch.Tensor = info_nce(
-            user_NE,
-            answer_AE,
+            self._vectors(user_NE),
+            self._vectors(answer_AE),
             self._scale(),
             key_ids=_tensor(batch.answer_text_A, device) if self.settings.false_negative_mask else None,
             positives=_tensor(positive_N, device),
@@ -181,8 +185,8 @@ class Learner(nn.Module):
         if not weight.any():
             return key_NE.sum() * 0.0
         loss: torch.Tensor = info_nce(
-            user_NE,
-            key_NE,
+            self._vectors(user_NE),
+            self._vectors(key_NE),
             self._scale(),
             key_ids=_tensor(answer, device),
             positives=_tensor(friend[own], device),

@@ -77,7 +77,7 @@ class TrainingSettings:
         report_to: Trackers of Transformers that get the log, such as `tensorboard`, `wandb`, `mlflow`.
         data_name: What to call the data in the model card.
         data_terms: Terms of the data, for the model card.
-        bf16: Run the LLM in bfloat16; our weights and LoRA's stay float32.
+        bf16: Run the LLM and the contrast's products in bfloat16; our weights and LoRA's stay float32.
         half_weights: Round our trained weights to half precision before they are saved, which halves the folder.
         seed: Seed of the initial weights, of sampling and of dropout.
         threads: Threads of the CPU; 0 leaves them as they are.

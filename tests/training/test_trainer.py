@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from instructue_feast.errors import ConfigError, DataError, InvalidEmbeddingError, StorageError, VersionMismatchError
 from instructue_feast.model.modeling import InstructUEModel
-from instructue_feast.training import checkpoint
+from instructue_feast.training import checkpoint, losses
 from instructue_feast.training.losses import Learner
 from instructue_feast.training.run import train
 from instructue_feast.training.validation import Probe, split_rows, validate
 from instructue_feast.training.vectors import TextVectors
+from instructue_kernels.info_nce import info_nce
 from tests.training.conftest import fresh_model, settings
 from tests.training.data import make_data
 
@@ -131,8 +132,15 @@ def test_the_card_counts_what_was_trained_not_what_the_data_set_holds(llm, encod
     assert f"| pairs of trained users | {len(pairs)} over 5 questions |\n| pairs drawn | at most {drawn} |" in card
 
 
-def test_bfloat16_and_gradient_checkpointing_train_our_weights_in_float32(llm, encoder, tmp_path):
-    chosen = settings(gradient_checkpointing=True)
+def test_bfloat16_and_gradient_checkpointing_train_our_weights_in_float32(llm, encoder, tmp_path, monkeypatch):
+    contrasted = set()
+
+    def watched(query, key, *args, **options):
+        contrasted.update({query.dtype, key.dtype})
+        return info_nce(query, key, *args, **options)
+
+    monkeypatch.setattr(losses, "info_nce", watched)
+    chosen = settings(gradient_checkpointing=True, user_user_weight=0.5)
     model = fresh_model(llm, encoder, chosen)
     model.llm.to(torch.bfloat16)
     for name, one in model.llm.named_parameters():
@@ -142,6 +150,7 @@ def test_bfloat16_and_gradient_checkpointing_train_our_weights_in_float32(llm, e
     trained = {one.dtype for one in model.parameters() if one.requires_grad}
     assert trained == {torch.float32}
     assert model.llm_dtype == torch.bfloat16
+    assert contrasted == {torch.bfloat16}  # a GPU takes the fused kernels for these, and only for these
 
 
 def test_gradient_checkpointing_changes_nothing(llm, encoder, tmp_path):
