@@ -178,6 +178,30 @@ def test_several_columns_of_the_same_users_are_read_at_once(pair):
     assert store.read_columns(config, [], USERS) == []
 
 
+def test_of_many_rows_in_any_order_those_with_something_newer_are_kept_and_counted(pair):
+    users = [f"u{number}" for number in range(47)]
+    shuffled = users[::-2] + users[1::2]
+    old, new = (unit_vectors(seed, users, "churn") for seed in (0, 1))
+    place = {user: number for number, user in enumerate(users)}
+    write(pair, users[::3], new[::3], NOVEMBER)
+    assert write(pair, shuffled, old[[place[user] for user in shuffled]], OCTOBER) == 47 - len(users[::3])
+    np.testing.assert_array_equal(our_read(pair, users).vectors, [(old if n % 3 else new)[n] for n in range(47)])
+
+
+def test_feasts_second_index_is_not_kept_and_not_missed(tmp_path):
+    pair = open_pair("sqlite", tmp_path / "online.db", "p", [VIEW])
+    connection = pair.ours.store._get_conn(pair.ours.config)
+    statement = "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
+    assert connection.execute(statement).fetchall() == []
+    vectors = unit_vectors(0, USERS, "churn")
+    write(pair, USERS, vectors, OCTOBER)
+    np.testing.assert_array_equal(np.float32(stock_read(pair, USERS)[0]), vectors)
+    pair.stock.store.update(pair.stock.config, [], [VIEW], [], [], False)  # stock `feast apply` makes it
+    assert connection.execute(statement).fetchall() == [("p_churn__v1_ek",)]
+    write(pair, USERS, vectors, NOVEMBER)
+    assert set(stock_read(pair, USERS)[1]) == {NOVEMBER}
+
+
 def test_a_removed_user_is_gone_and_the_others_are_not(pair):
     write(pair, USERS, unit_vectors(0, USERS, "churn"), OCTOBER)
     before = contents(pair)
