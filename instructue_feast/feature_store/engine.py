@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from feast import FeatureView, FileSource, RepoConfig
 from feast.importer import import_class
 from feast.infra.common.materialization_job import (
@@ -26,6 +27,7 @@ from feast.repo_config import BATCH_ENGINE_CLASS_FOR_TYPE, FeastConfigBaseModel
 from feast.types import Array, Bytes, Float32
 from feast.value_type import ValueType
 
+from instructue_feast.feature_store.erased import ErasedUsers
 from instructue_feast.feature_store.online import EmbeddingStore, WireRows, from_micros, is_ours, to_micros
 from instructue_feast.feature_store.scan import Batch, Columns, Scan
 from instructue_feast.feature_store.session import is_overwriting, is_quiet
@@ -34,6 +36,7 @@ from instructue_feast.feature_store.wire import Storage, encode_bytes, encode_ve
 _BATCH = 2_500  # rows read, encoded and written at a time: while one is written, the next is read
 _YEAR = timedelta(weeks=52)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+T = TypeVar("T")
 
 
 class EmbeddingEngineConfig(FeastConfigBaseModel):  # type: ignore[misc]
@@ -107,6 +110,7 @@ class EmbeddingEngine(ComputeEngine):  # type: ignore[misc]
         first, last = window(task, datetime.now(UTC))
         source = view.batch_source
         location = FileSource.get_uri_for_file_path(config.repo_path, source.path)
+        erased = ErasedUsers(location, config, view, self.online_store)
         scan = Scan(location, _columns(view), to_micros(first), to_micros(last), view.name)
         size = min(config.materialization_config.online_write_batch_size or _BATCH, _BATCH)
         store = _writer(self.online_store, config, view)
@@ -117,17 +121,20 @@ class EmbeddingEngine(ComputeEngine):  # type: ignore[misc]
         try:
             # The next batch is read and encoded while this one is written.
             with ThreadPoolExecutor(1) as reader:
-                batches = (wire_rows(view, one, revision, storage, overwrite) for one in scan.batches(size))
-                for rows in _ahead(reader, batches):
+                kept = filter(len, map(erased.without, scan.batches(size)))
+                batches = ((one.ids, wire_rows(view, one, revision, storage, overwrite)) for one in kept)
+                for ids, rows in _ahead(reader, batches):
                     stored += store(rows)
+                    stored -= erased.wrote(ids)
                     if bar is not None:
                         bar.update(len(rows.keys))
+            stored -= erased.wrote(pa.array([], pa.string()), last=True)
         finally:
             if bar is not None:
                 bar.close()
         if not is_quiet():
-            kept = f", {scan.rows - stored:,} kept what is newer" if stored < scan.rows else ""
-            print(f"{view.name}: {stored:,} rows written{kept}, {time.monotonic() - started:.1f} s")
+            newer = f", {scan.rows - stored:,} kept what is newer" if stored < scan.rows else ""
+            print(f"{view.name}: {stored:,} rows written{newer}, {time.monotonic() - started:.1f} s")
 
 
 def handles(view: Any) -> bool:
@@ -217,7 +224,7 @@ def _as_feast_rows(
         yield entity, values, from_micros(rows.event_micros[place]), created
 
 
-def _ahead(pool: ThreadPoolExecutor, items: Iterator[WireRows]) -> Iterator[WireRows]:
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
     """Computes each item while the one before it is in use."""
     coming = pool.submit(next, items, None)
     while (item := coming.result()) is not None:

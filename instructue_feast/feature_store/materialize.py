@@ -28,6 +28,7 @@ from instructue_feast.runs.items import FEATURE as ITEM_FEATURE
 from instructue_feast.runs.items import item_sets
 from instructue_feast.runs.publish import Publication, PublishedView, current_publication
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.tombstones import Tombstones
 
 CONFIG_NAME = "instructue.yaml"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -230,7 +231,8 @@ def _verify(store: FeatureStore, output: OutputStore, publication: Publication, 
             vectors, found, _ = read_stored(store, served, users)[view.instruction]
         expected = as_stored(vector_matrix(table, view.instruction, view.name), storage)
         asked += len(users)
-        lost = ~found & (not outlived)  # a store may have forgotten what nobody would be served
+        # A store may have forgotten what nobody would be served, and whoever was erased meanwhile.
+        lost = ~found & (not outlived) & ~Tombstones(output).contains(users)
         wrong += int(np.count_nonzero(lost | (found & (vectors != expected).any(axis=1))))
     if wrong:
         raise StorageError(
@@ -260,7 +262,12 @@ def _verify_histories(
             served = read_histories(store, history.name, batch.column("user_id").to_pylist())
         asked += len(served)
         expected = batch.column(FEATURE).to_pylist()
-        wrong += sum(1 for one, right in zip(served, expected, strict=True) if one != right)
+        erased = Tombstones(output).contains(batch.column("user_id").to_pylist())
+        wrong += sum(
+            1
+            for one, right, gone in zip(served, expected, erased, strict=True)
+            if one != right and not (gone and not one)
+        )
     if wrong:
         raise StorageError(
             f"view {history.name}: the online store serves {wrong} of {asked} sampled packed histories not at all or "

@@ -42,6 +42,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Some of the rows, in that order."""
+        values = {
+            name: [one[row] for row in rows] if isinstance(one, list) else one[rows]
+            for name, one in self.values.items()
+        }
+        created = None if self.created is None else self.created[rows]
+        return Batch(self.ids.take(pa.array(rows)), self.event[rows], created, values)
+
 
 @dataclass(frozen=True, slots=True)
 class _File:
@@ -95,6 +104,7 @@ class Scan:
 
         Raises:
             InvalidEmbeddingError: A vector holds NaN, infinity or null, or has another length than the rest.
+            StorageError: An erasure has replaced a file since its keys were read.
         """
         held: list[Batch] = []
         count = 0
@@ -170,9 +180,18 @@ class Scan:
             return index
         return index.filter(pc.and_(pc.greater_equal(event, first), pc.less_equal(event, last)))
 
+    def _opened(self, stream: Any, file: _File) -> pq.ParquetFile:
+        """Only an erasure replaces a published file, and by one with fewer rows: then row numbers are wrong."""
+        parquet = pq.ParquetFile(stream)
+        if parquet.metadata.num_rows != file.rows:
+            raise StorageError(
+                f"a file of view {self.where} was replaced while it was read", "was somebody erased? Materialize again"
+            )
+        return parquet
+
     def _table(self, file: _File, names: list[str]) -> pa.Table:
         with self._fs.open(file.path, "rb") as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = self._opened(stream, file)
             missing = [one for one in names if one not in parquet.schema_arrow.names]
             if missing:
                 raise SchemaError(f"a file of view {self.where} has no column {missing[0]}", "publish again")
@@ -184,7 +203,7 @@ class Scan:
         if picked.rows is None:
             with self._fs.open(picked.file.path, "rb") as stream:
                 start = 0
-                for part in pq.ParquetFile(stream).iter_batches(size, columns=features):
+                for part in self._opened(stream, picked.file).iter_batches(size, columns=features):
                     yield self._batch(index.slice(start, len(part)), pa.Table.from_batches([part]))
                     start += len(part)
             return

@@ -18,6 +18,9 @@ from instructue_feast.feature_store import erase as erasing
 from instructue_feast.feature_store.erase import erase_users
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
+from instructue_feast.feature_store.online import online_store
+from instructue_feast.feature_store.scan import Scan
+from instructue_feast.feature_store.session import open_store
 from instructue_feast.inference.embedder import UserEmbedder
 from instructue_feast.instructions import Instruction
 from instructue_feast.runs import erase as erasing_files
@@ -304,3 +307,42 @@ def test_a_file_that_cannot_be_replaced_is_an_error_that_names_no_user(tmp_path,
     with pytest.raises(StorageError, match="erase again") as error:
         erase_users(repo, ["user-0001"])
     assert "user-0001" not in str(error.value)
+
+
+@pytest.mark.parametrize("moment", ["before the write", "after the write"])
+def test_a_materialization_that_runs_meanwhile_does_not_bring_a_user_back(served, monkeypatch, moment):
+    repo, _ = served
+    store = online_store(open_store(repo))
+    write, proofs = type(store).write_rows, []
+
+    def erase_and_write(self, *args):
+        if moment == "after the write":
+            stored = write(self, *args)
+        if not proofs:
+            proofs.append(erase_users(repo, GONE))
+        return stored if moment == "after the write" else write(self, *args)
+
+    monkeypatch.setattr(type(store), "write_rows", erase_and_write)
+    materialize(repo)
+    assert proofs[0].absent
+    assert not any(user.encode() in raw_online(repo) for user in GONE)
+    found = UserEmbeddings(repo).get(USERS, ["churn"]).found["churn"]
+    assert found.tolist() == [user in OTHERS for user in USERS]
+
+
+def test_a_file_that_an_erasure_replaces_while_it_is_read_stops_the_materialization(served, monkeypatch):
+    """Row numbers found before would point at other users' vectors after."""
+    repo, _ = served
+    batches = Scan.batches
+
+    def erase_and_read(self, size):
+        erase_users(repo, GONE)
+        return batches(self, size)
+
+    monkeypatch.setattr(Scan, "batches", erase_and_read)
+    with pytest.raises(StorageError, match=r"was replaced while it was read\nHint: .*Materialize again"):
+        materialize(repo)
+    monkeypatch.undo()
+    materialize(repo)
+    found = UserEmbeddings(repo).get(USERS, ["churn"]).found["churn"]
+    assert found.tolist() == [user in OTHERS for user in USERS]
