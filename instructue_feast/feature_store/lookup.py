@@ -326,9 +326,9 @@ def _arrays(column: Column, users: int, view: ServedView) -> Stored:
         rows, times, matrix = [rows[one] for one in kept], [times[one] for one in kept], matrix[kept]
     shape = users, view.embedding_dim
     if len(rows) == users:  # nobody is missing; their order is the store's
-        vectors, as_of = np.empty(shape, np.float32), np.empty(users, "datetime64[us]")
-        vectors[rows], as_of[rows] = matrix, np.array(times, "datetime64[us]")
-        return vectors, np.ones(users, np.bool_), as_of
+        vectors, as_of, places = np.empty(shape, np.float32), np.empty(users, "datetime64[us]"), np.array(rows, np.intp)
+        vectors[places], as_of[places] = matrix, np.array(times, "datetime64[us]")
+        return vectors, written, as_of
     vectors, found, as_of = np.zeros(shape, np.float32), np.zeros(users, np.bool_), np.full(users, _NAT)
     if rows:
         vectors[rows], found[rows], as_of[rows] = matrix, True, np.array(times, "datetime64[us]")

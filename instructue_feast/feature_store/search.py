@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError, DataError, MissingDependencyError, VersionMismatchError, did_you_mean
 from instructue_feast.feature_store.hnsw import UserIndex, build_index, open_index
-from instructue_feast.runs.items import ItemsManifest, read_items, write_items
+from instructue_feast.runs.items import ItemsManifest, item_sets, read_items, write_items
 from instructue_feast.runs.publish import Publication, current_publication
 from instructue_feast.runs.reader import run_manifest
 from instructue_feast.runs.serving import served_views
@@ -57,7 +57,7 @@ class Hits:
 class UserSearch:
     """Searches what a project serves now. One object serves any number of threads.
 
-    Follows the publication, and forgets erased users, within a second.
+    Follows the publication and the items, and forgets erased users, within a second.
 
     Args:
         repo: Folder with `instructue.yaml`.
@@ -78,6 +78,8 @@ class UserSearch:
         self._erased = Tombstones(self._store)
         self._views: dict[str, ViewVectors] = {}
         self._indexes: dict[str, UserIndex] = {}
+        self._item_versions: dict[str, str] = {}
+        self._items: dict[str, tuple[dict[str, int], Matrix]] = {}
         self._models: dict[str, InstructUEModel] = {}
 
     def similar(self, user_id: str, instruction: str, k: int = 10, *, exact: bool = True) -> Hits:
@@ -136,9 +138,9 @@ class UserSearch:
         if isinstance(items, Mapping):
             ids, matrix = list(items), answer_vectors(self._model(view), list(items.values()))
         else:
-            ids, matrix = read_items(self._store, view.view.model_version)
+            place, matrix = self._published_items(view.view.model_version)
+            ids = list(place)
             if items is not None:
-                place = {one: row for row, one in enumerate(ids)}
                 for one in items:
                     if one not in place:
                         raise ConfigError(f"unknown item {one!r}", did_you_mean(one, place))
@@ -178,7 +180,19 @@ class UserSearch:
                 self._erased = Tombstones(self._store)
                 self._views.clear()
                 self._indexes.clear()
+            item_versions = {one.model_version: one.created for one in item_sets(self._store)}
+            if item_versions != self._item_versions:
+                self._item_versions = item_versions
+                self._items.clear()
             self._check_at = time.monotonic() + _CHECK_SECONDS
+
+    def _published_items(self, model_version: str) -> tuple[dict[str, int], Matrix]:
+        """The row of each item, and `[I, D]` vectors."""
+        with self._lock:
+            if model_version not in self._items:
+                ids, matrix = read_items(self._store, model_version)
+                self._items[model_version] = {one: row for row, one in enumerate(ids)}, matrix
+            return self._items[model_version]
 
     def _row(self, view: ViewVectors, user_id: str) -> int:
         row = pc.index(view.user_ids, user_id).as_py()

@@ -45,7 +45,8 @@ _SECOND = 1_000_000
 _LAST = np.iinfo(np.int64).max
 _VARIABLES = 10_000  # in one statement; SQLite's default limit is 32,766
 _PAGE = 16_384  # bytes; a vector of 256 floats wastes a quarter of a page of 4,096, and the log has a header per page
-_MAPPED = 1 << 30  # bytes of the file that reads take from the page cache without copying them
+MAPPED_BYTES = 1 << 30
+"""Of a database file, which reads then take from the page cache without copying pages."""
 _CACHE_KIB = 65_536  # of the writing connection while it writes: an index falls out of the usual 2 MiB
 _ROWS = 20  # in one INSERT: a statement costs about as much as storing a row
 
@@ -79,7 +80,7 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
             path.parent.mkdir(parents=True, exist_ok=True)
             connection = _initialize_conn(str(path))
             connection.execute(f"PRAGMA page_size = {_PAGE}")  # of a file that is still empty
-            connection.execute(f"PRAGMA mmap_size = {_MAPPED}")
+            connection.execute(f"PRAGMA mmap_size = {MAPPED_BYTES}")
             # Readers go on reading while a batch is written; the setting stays with the file.
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")

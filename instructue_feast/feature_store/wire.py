@@ -98,7 +98,7 @@ def decode_vectors(values: Sequence[bytes | None], dim: int, where: str) -> tupl
     present = [one for one in values if one]
     if all(len(one) == width for one in present):
         raw = np.frombuffer(b"".join(present), np.uint8).reshape(len(present), width)
-        if (raw[:, : len(prefix)] == np.frombuffer(prefix, np.uint8)).all():
+        if raw[:, : len(prefix)].tobytes() == prefix * len(present):
             numbers = raw[:, len(prefix) :].copy().view("<f4")
             if len(present) == count:
                 return numbers, np.ones(count, dtype=np.bool_)

@@ -134,6 +134,18 @@ def test_items_become_a_feature_view_and_fit_users(shop, embedder):
         search.recommend(user, "churn", items=["sku-9"])
 
 
+def test_published_items_are_read_once_and_again_when_they_are_replaced(shop, monkeypatch):
+    read, reads = searching.read_items, []
+    monkeypatch.setattr(searching, "read_items", lambda *args: reads.append(args) or read(*args))
+    embed_items(shop, ["old"], ["coffee"])
+    search, user = UserSearch(shop), HISTORY.user_ids[2]
+    assert [search.recommend(user, "churn").ids for _ in range(3)] == [["old"]] * 3
+    assert len(reads) == 1
+    embed_items(shop, ["new"], ["soap"])
+    search._check_at = 0.0  # a second later
+    assert search.recommend(user, "churn").ids == ["new"]
+
+
 def test_wrong_items_are_refused(shop, tmp_path):
     store = OutputStore(str(tmp_path))
     vectors = unit_vectors(0, ["a", "b"], "x")
