@@ -18,9 +18,7 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
 from instructue_feast.feature_store.online import (
-    ReadsVectors,
-    StoredVectors,
-    VectorColumn,
+    VectorStorageConfig,
     WireRows,
     expired,
     is_ours,
@@ -29,11 +27,7 @@ from instructue_feast.feature_store.online import (
 )
 from instructue_feast.feature_store.wire import (
     KEY_VERSION,
-    UNKNOWN_TIME,
-    Storage,
     as_stock_value,
-    decode_time,
-    decode_vectors,
     encode_time,
     entity_keys,
 )
@@ -101,22 +95,19 @@ return stored
 """
 
 
-class InstructueRedisOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[misc]
+class InstructueRedisOnlineStoreConfig(VectorStorageConfig, RedisOnlineStoreConfig):  # type: ignore[misc]
     """Feast's options for Redis, and how vectors are stored."""
 
     type: Literal["instructue_feast.feature_store.redis.InstructueRedisOnlineStore"] = (
         "instructue_feast.feature_store.redis.InstructueRedisOnlineStore"
     )
-    vector_storage: Storage = "float32"
-    """float16 and int8 take a half and a quarter of the space; stock Feast cannot read them as vectors."""
-
     expire_with_ttl: bool = False
     """Let Redis remove users whose embeddings have all outlived their views' ttl. A user is one Redis key for all the
     views of an entity: it goes when the last of them has, and stays if one has no ttl. Only where every writer of the
     project uses this store: stock Feast adds to a key without prolonging it."""
 
 
-class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignore[misc]
+class InstructueRedisOnlineStore(RedisOnlineStore):  # type: ignore[misc]
     """Feast's Redis store; stock Feast reads what it writes and the reverse.
 
     What differs: of two rows with the same event time the later revision stays (stock Feast keeps the first), also when
@@ -137,27 +128,6 @@ class InstructueRedisOnlineStore(ReadsVectors, RedisOnlineStore):  # type: ignor
         """
         with self._connecting:
             return super()._get_client(online_store_config)
-
-    def read_columns(
-        self, config: RepoConfig, columns: Sequence[VectorColumn], ids: Sequence[str]
-    ) -> list[StoredVectors]:
-        """Reads several columns of the same users in one pipeline, one HMGET for each user; see `ReadsVectors`."""
-        if not columns:
-            return []
-        project = config.project.encode()
-        fields: list[str | bytes] = []
-        for column in columns:
-            fields += [_mmh3(f"{column.table}:{column.feature}"), f"_ts:{column.table}"]
-        commands = [(key + project, fields) for key in entity_keys(columns[0].join_key, ids)]
-        replies = self._read_hash_fields(config, commands) if commands else []
-        result = []
-        for place, column in enumerate(columns):
-            vectors, found = decode_vectors([one[2 * place] for one in replies], column.dim, column.table)
-            event = np.fromiter(
-                (decode_time(one[2 * place + 1]) for one in replies), dtype=np.int64, count=len(replies)
-            )
-            result.append(StoredVectors(vectors, found, event, np.full(len(replies), UNKNOWN_TIME, dtype=np.int64)))
-        return result
 
     def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> int:
         """Stores rows in blocks, each at once, except where something newer is stored and `rows.overwrite` is not set.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import extract_text_and_num
@@ -23,9 +22,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import feast_value_type_to_python_type
 
 from instructue_feast.feature_store.online import (
-    ReadsVectors,
-    StoredVectors,
-    VectorColumn,
+    VectorStorageConfig,
     WireRows,
     expired,
     to_micros,
@@ -33,10 +30,7 @@ from instructue_feast.feature_store.online import (
 )
 from instructue_feast.feature_store.wire import (
     KEY_VERSION,
-    UNKNOWN_TIME,
-    Storage,
     as_stock_value,
-    decode_vectors,
     entity_keys,
 )
 
@@ -51,17 +45,15 @@ _CACHE_KIB = 65_536  # of the writing connection while it writes: an index falls
 _ROWS = 20  # in one INSERT: a statement costs about as much as storing a row
 
 
-class InstructueSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):  # type: ignore[misc]
+class InstructueSqliteOnlineStoreConfig(VectorStorageConfig, SqliteOnlineStoreConfig):  # type: ignore[misc]
     """Feast's options for SQLite, and how vectors are stored."""
 
     type: Literal["instructue_feast.feature_store.sqlite.InstructueSqliteOnlineStore"] = (
         "instructue_feast.feature_store.sqlite.InstructueSqliteOnlineStore"
     )
-    vector_storage: Storage = "float32"
-    """float16 and int8 take a half and a quarter of the space; stock Feast cannot read them as vectors."""
 
 
-class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ignore[misc]
+class InstructueSqliteOnlineStore(SqliteOnlineStore):  # type: ignore[misc]
     """Feast's SQLite store; stock Feast reads what it writes and the reverse.
 
     What differs: an older event time never replaces a newer one; a batch is seen whole or not at all, also by other
@@ -113,14 +105,6 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
         super().teardown(config, tables, entities)
         for suffix in ("-wal", "-shm"):
             Path(f"{self._get_db_path(config)}{suffix}").unlink(missing_ok=True)
-
-    def read_columns(
-        self, config: RepoConfig, columns: Sequence[VectorColumn], ids: Sequence[str]
-    ) -> list[StoredVectors]:
-        """Reads several columns of the same users, with one query for each; see `ReadsVectors`."""
-        connection = self._get_conn(config)
-        keys = entity_keys(columns[0].join_key, ids) if columns else []
-        return [_read(connection, f"{config.project}_{column.table}", column, keys) for column in columns]
 
     def online_read(
         self,
@@ -235,29 +219,6 @@ class InstructueSqliteOnlineStore(ReadsVectors, SqliteOnlineStore):  # type: ign
             except sqlite3.OperationalError as error:
                 if "duplicate column" not in str(error):  # another process was faster
                     raise
-
-
-def _read(connection: sqlite3.Connection, table: str, column: VectorColumn, keys: list[bytes]) -> StoredVectors:
-    rows: dict[bytes, tuple[bytes, int, int | None]] = {}
-    for part in _parts(keys):
-        # `+ 0` because Feast registers a converter for these columns that turns the number into local time.
-        rows.update(
-            (key, (value, event, created))
-            for key, value, event, created in connection.execute(
-                f"SELECT entity_key, value, event_ts + 0, created_ts + 0 FROM {_quoted(table)} "  # noqa: S608
-                f"WHERE entity_key IN ({_marks(len(part))}) AND feature_name = ?",
-                [*part, column.feature],
-            )
-        )
-    ordered = [rows.get(key) for key in keys]
-    vectors, found = decode_vectors([row and row[0] for row in ordered], column.dim, column.table)
-    return StoredVectors(
-        vectors, found, _micros([row and row[1] for row in ordered]), _micros([row and row[2] for row in ordered])
-    )
-
-
-def _micros(seconds: list[int | None]) -> npt.NDArray[np.int64]:
-    return np.array([UNKNOWN_TIME if one is None else one * _SECOND for one in seconds], dtype=np.int64)
 
 
 def _insert(

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from feast.protos.feast.types.Value_pb2 import FloatList, Value
 from feast.types import Bytes, String
 from redis import Redis
 
-from instructue_feast.errors import ConfigError, VersionMismatchError
-from instructue_feast.feature_store.online import WireRows, to_micros, vector_column
+from instructue_feast.errors import VersionMismatchError
+from instructue_feast.feature_store.lookup import ServedView, read_stored
+from instructue_feast.feature_store.online import WireRows, to_micros
+from instructue_feast.feature_store.readers import reader_of, stored_feature
 from instructue_feast.feature_store.wire import UNKNOWN_TIME, as_stored, encode_bytes, encode_vectors, entity_keys
 from tests.fake_runs import unit_vectors, user_names
 from tests.feature_store.stores import USER, embedding_view, open_pair, redis_server
@@ -130,8 +133,19 @@ def stock_read(pair, users, config=None):
     ]
 
 
-def our_read(pair, users):
-    return pair.ours.store.read_vectors(pair.ours.config, VIEW, users)
+def our_read(pair, users, view=VIEW):
+    """What a lookup reads, whatever its age."""
+    store = namespace_of_store(pair.ours)
+    served = ServedView("churn__v1", "churn", view.features[0].vector_length, timedelta(0), "user_id", "", None)
+    served = replace(served, stored=stored_feature(store, view))
+    vectors, found, as_of = read_stored(store, {"churn": served}, users)["churn"]
+    return SimpleNamespace(vectors=vectors, found=found, event_micros=as_of.view(np.int64))
+
+
+def namespace_of_store(one):
+    """As much of a `FeatureStore` as reading takes."""
+    provider = SimpleNamespace(online_store=one.store)
+    return SimpleNamespace(config=one.config, project=one.config.project, _get_provider=lambda: provider)
 
 
 def write(pair, users, vectors, event, revision=None, storage="float32"):
@@ -155,8 +169,6 @@ def test_we_read_what_stock_feast_writes(pair):
     np.testing.assert_array_equal(read.vectors, [np.zeros(8), vectors[3], vectors[0], vectors[3]])
     assert read.found.tolist() == [False, True, True, True]
     assert read.event_micros.tolist() == [UNKNOWN_TIME, *[to_micros(OCTOBER)] * 3]
-    created = UNKNOWN_TIME if pair.system == "redis" else to_micros(NOVEMBER)  # Redis does not keep it
-    assert read.created_micros.tolist() == [UNKNOWN_TIME, *[created] * 3]
     assert np.isnat(read.event_micros.view("datetime64[us]")).tolist() == [True, False, False, False]
 
 
@@ -170,12 +182,13 @@ def test_several_columns_of_the_same_users_are_read_at_once(pair):
     config, store = pair.ours.config, pair.ours.store
     store.update(config, [], [VIEW, other], [], [], False)
     write(pair, USERS, unit_vectors(0, USERS, "churn"), OCTOBER)
-    columns = [vector_column(config, VIEW), vector_column(config, other)]
-    churn, taste = store.read_columns(config, columns, USERS)
-    np.testing.assert_array_equal(churn.vectors, unit_vectors(0, USERS, "churn"))
-    assert churn.found.all()
-    assert not taste.found.any()
-    assert store.read_columns(config, [], USERS) == []
+    feast_store = namespace_of_store(pair.ours)
+    features = [stored_feature(feast_store, one) for one in (VIEW, other)]
+    churn, taste = reader_of(feast_store, "user_id").read(features, USERS)
+    assert sorted(churn.rows) == list(range(len(USERS)))
+    expected = encode_vectors(unit_vectors(0, USERS, "churn"))
+    assert churn.values == [expected[row] for row in churn.rows]
+    assert taste.rows == []
 
 
 def test_of_many_rows_in_any_order_those_with_something_newer_are_kept_and_counted(pair):
@@ -215,11 +228,6 @@ def test_a_vector_of_another_size_is_refused(pair):
     write(pair, USERS, unit_vectors(0, USERS, "churn", dim=4), OCTOBER)
     with pytest.raises(VersionMismatchError, match="churn__v1 holds a vector of 4 numbers, not 8"):
         our_read(pair, USERS)
-
-
-def test_a_view_without_that_vector_is_refused_by_name(pair):
-    with pytest.raises(ConfigError, match=r"view churn__v1 has no vector tast\nHint: .*\[churn\]"):
-        pair.ours.store.read_vectors(pair.ours.config, VIEW, USERS, "tast")
 
 
 @pytest.mark.parametrize("by", ["engine", "push"])
@@ -296,7 +304,7 @@ def test_vectors_stored_smaller_are_read_as_floats_and_never_wrongly_by_stock_fe
     rows = wire_rows(USERS, vectors, OCTOBER, storage=storage)
     assert len(rows.values["churn"][0]) < size * len(encode_vectors(vectors)[0])
     pair.ours.store.write_rows(pair.ours.config, wide, rows)
-    read = pair.ours.store.read_vectors(pair.ours.config, wide, USERS).vectors
+    read = our_read(pair, USERS, wide).vectors
     np.testing.assert_allclose(read, vectors, atol=error)
     np.testing.assert_array_equal(read, as_stored(vectors, storage))
     keys = [EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=USERS[0])])]
