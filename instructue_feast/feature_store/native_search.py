@@ -6,21 +6,36 @@ gives features and distances to the wrong entities. The stores' own method of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from feast import FeatureStore
+from feast.protos.feast.types.Value_pb2 import Value
 
 from instructue_feast.errors import ConfigError, DataError, StorageError, listed
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.online import expired, online_store
 from instructue_feast.feature_store.search import Hits
 
+
 # D = embedding_dim
-COSINE_DISTANCE = {"PostgreSQLOnlineStore": "cosine"}
-"""Online stores whose answers were tested, and what each calls one minus the cosine. Postgres needs pgvector."""
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How an online store is asked: what it calls the cosine, and how its `distance` becomes one."""
+
+    metric: str
+    cosine: Callable[[Value], float]
+
+
+SEARCHES = {
+    "PostgreSQLOnlineStore": Search("cosine", lambda value: 1 - value.double_val),  # with pgvector
+    "MilvusOnlineStore": Search("COSINE", lambda value: value.float_val),  # its distance is a similarity
+}
+"""Online stores whose answers were tested."""
 
 
 def search_online(embeddings: UserEmbeddings, instruction: str, vector: npt.ArrayLike, k: int = 10) -> Hits:
@@ -50,7 +65,7 @@ def search_online(embeddings: UserEmbeddings, instruction: str, vector: npt.Arra
     if k < 1:
         raise ConfigError(f"cannot find {k} users", "ask for at least one")
     store = embeddings.store
-    online, metric = _searchable(store)
+    online, search = _searchable(store)
     served = embeddings.served()
     if instruction not in served:
         raise ConfigError(f"unknown instruction {instruction!r}", f"known are {listed(list(served))}")
@@ -62,7 +77,9 @@ def search_online(embeddings: UserEmbeddings, instruction: str, vector: npt.Arra
             f"pass {served[instruction].embedding_dim} finite numbers that are not all zero",
         )
     try:
-        answer = online.retrieve_online_documents_v2(store.config, view, [instruction], query.tolist(), k, metric)
+        answer = online.retrieve_online_documents_v2(
+            store.config, view, [instruction], query.tolist(), k, search.metric
+        )
     except Exception as error:  # each store has errors of its own
         raise StorageError(
             f"the online store cannot search view {view.name}: {type(error).__name__}",
@@ -73,16 +90,16 @@ def search_online(embeddings: UserEmbeddings, instruction: str, vector: npt.Arra
         aware = time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
         if not expired(view, aware, now):
             ids.append(key.entity_values[0].string_val)
-            scores.append(1 - values["distance"].double_val)
+            scores.append(search.cosine(values["distance"]))
     return Hits(ids, np.array(scores, dtype=np.float32), view.name)
 
 
-def _searchable(store: FeatureStore) -> tuple[Any, str]:
+def _searchable(store: FeatureStore) -> tuple[Any, Search]:
     online = online_store(store)
     for kind in type(online).__mro__:
-        if kind.__name__ in COSINE_DISTANCE:
-            return online, COSINE_DISTANCE[kind.__name__]
+        if kind.__name__ in SEARCHES:
+            return online, SEARCHES[kind.__name__]
     raise ConfigError(
         f"vector search of {type(online).__name__} is not known to be right",
-        f"search with `UserSearch`, or serve from one of {listed(list(COSINE_DISTANCE))}",
+        f"search with `UserSearch`, or serve from one of {listed(SEARCHES)}",
     )

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feast.infra.online_stores.postgres_online_store.postgres import PostgreSQLOnlineStore
 
 from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.feature_store.lookup import UserEmbeddings
 from instructue_feast.feature_store.materialize import apply_repo, materialize
 from instructue_feast.feature_store.native_search import search_online
+from instructue_feast.feature_store.online import online_store
 from instructue_feast.feature_store.search import UserSearch
 from instructue_feast.feature_store.session import open_store
 from instructue_feast.runs.publish import publish
@@ -70,19 +72,23 @@ def test_postgres_is_written_by_our_engine_and_read_by_both(tmp_path, postgres):
         assert found.as_of[name][0] == np.datetime64("2017-10-01T00:00:00")
 
 
-@pytest.fixture(scope="module")
-def searchable(tmp_path_factory, postgres):
-    """A repo that serves 300 users from Postgres with pgvector."""
+@pytest.fixture(scope="module", params=["postgres", "milvus"])
+def searchable(request, tmp_path_factory):
+    """A repo that serves 300 users from Postgres with pgvector, or from Milvus Lite where that is installed."""
     repo = tmp_path_factory.mktemp("searchable") / "repo"
-    settings = f"{postgres}  vector_enabled: true\n"
-    output = repo_on(repo, settings.replace("database: postgres", "database: searchable"))
+    if request.param == "milvus":
+        pytest.importorskip("milvus_lite")
+        settings = "type: milvus\n  path: data/milvus.db\n  embedding_dim: 8\n  index_type: FLAT\n"
+    else:
+        settings = request.getfixturevalue("postgres").replace("database: postgres", "database: searchable")
+    output = repo_on(repo, f"{settings}  vector_enabled: true\n")
     publish(output, write_fake_run(output, users=CROWD, seed=2))
     apply_repo(repo)
     materialize(repo)
     return repo
 
 
-def test_postgres_finds_the_nearest_users_and_gives_each_its_own_score(searchable):
+def test_the_store_finds_the_nearest_users_and_gives_each_its_own_score(searchable):
     vectors = unit_vectors(2, CROWD, "churn")
     embeddings = UserEmbeddings(searchable)
     for row in (7, 150):
@@ -101,15 +107,19 @@ def test_feasts_own_search_gives_vectors_and_distances_to_the_wrong_users(search
     view = store.get_feature_view(UserEmbeddings(searchable).served()["churn"].name)
     vectors = unit_vectors(2, CROWD, "churn")
     query = {"features": [f"{view.name}:churn"], "query": vectors[7].tolist(), "top_k": 10}
-    with pytest.raises(ValueError, match="COSINE is not supported"):  # Milvus's name for it, which views of ours bear
-        store.retrieve_online_documents_v2(**query)
-    view.features[0].vector_search_metric = "cosine"
-    store.apply([view])
+    if isinstance(online_store(store), PostgreSQLOnlineStore):
+        with pytest.raises(ValueError, match="COSINE is not supported"):  # Milvus's name, which views of ours bear
+            store.retrieve_online_documents_v2(**query)
+        view.features[0].vector_search_metric = "cosine"
+        store.apply([view])
     answer = store.retrieve_online_documents_v2(**query).to_dict()
     right = search_online(UserEmbeddings(searchable), "churn", vectors[7], k=10)
     assert sorted(answer["user_id"]) == sorted(right.ids)
     owners = [CROWD[int(np.argmax(vectors @ np.float32(one)))] for one in answer["churn"]]
     assert owners != answer["user_id"]
+    own = vectors[[CROWD.index(one) for one in answer["user_id"]]] @ vectors[7]
+    assert np.abs(np.float32(answer["distance"]) - own).max() > 0.01  # as a similarity, and as a distance
+    assert np.abs(1 - np.float32(answer["distance"]) - own).max() > 0.01
 
 
 def test_a_store_whose_search_nobody_tried_and_a_vector_of_another_view_are_refused(searchable, tmp_path):
