@@ -132,8 +132,16 @@ def child(repo: Path) -> None:
         started, worked = time.perf_counter(), cpu_seconds(store.config.online_store)
         store.materialize(AS_OF, AS_OF, feature_views=["churn__bench"])
         seconds, worked = time.perf_counter() - started, cpu_seconds(store.config.online_store) - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "cpu_seconds": worked, "peak_memory": peak}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": worked, "peak_memory": peak_mib()}))
+
+
+def peak_mib() -> float:
+    """The most memory this process has had. `ru_maxrss` would begin with what its parent had when it started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (line,) = [one for one in status.read_text().splitlines() if one.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 def cpu_seconds(online: object) -> float:
