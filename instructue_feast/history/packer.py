@@ -1,13 +1,20 @@
 """`Packer`: the events and snapshots of one user after the other become packed histories and texts.
 
-Rows come sorted by user, so a user is finished when the next one begins. Whatever a user did, memory stays bounded:
-the rows of one that has very many are folded into counts per distinct text as soon as their ids cannot repeat any more.
+Rows come as five narrow columns (`ROWS`), because each costs time on its way into Python, sorted by one number:
+
+    key    bucket | first bits of the user's hash | last `KEY_EVENT_BITS` of the event id
+    when   microseconds, and in the last `SLOT_BITS` the slot: 0 for the roster, then the sources in config order
+
+Rows that agree in all but the event's bits are a *block*: one user, seldom a few whose hashes begin alike. A block is
+finished when the next one begins. Whatever a user did, memory stays bounded: of a block that has very many rows, they
+are folded into counts per distinct text as soon as their ids, and so their keys, cannot repeat any more.
 
 Several `as_of`s are packed from the same rows; each sees only its own window.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json
 
 from instructue_feast.history import render
 from instructue_feast.history.buckets import AGE_EDGES_DAYS, COUNT_EDGES, bucketize
@@ -51,12 +59,37 @@ PACKED_ROWS = pa.schema(
 """What a packer makes: one row per user and `as_of` (`kept`: rows of each slot that count), per source, text and
 `as_of`, and per refused row; `moment` is the position of the `as_of`, 0 for refused rows."""
 
+KEY_BITS = 63
+"""Bits of a key; the sign is never used, so that it sorts like the number it is."""
+KEY_EVENT_BITS = 20
+SLOT_BITS = 10
+"""Bits of `when` that hold the slot."""
+MAX_SOURCES = (1 << SLOT_BITS) - 1
+"""Sources, with the roster, that fit into `when`."""
+
+ROWS = pa.schema(
+    [
+        pa.field("key", pa.int64()),
+        pa.field("user_id", pa.string()),
+        pa.field("when", pa.int64()),
+        pa.field("event_id", pa.int64()),
+        pa.field("text", pa.string()),
+    ]
+)
+"""What a packer takes. `event_id` is of a snapshot the hash of its row, `text` of a snapshot JSON (`SNAPSHOT`).
+
+A refused row has `-1 - (status << SLOT_BITS | slot)` as `when`, its time in `event_id` and its JSON in `text`.
+"""
+
+SNAPSHOT = pa.schema([pa.field("numeric", pa.list_(pa.float32())), pa.field("words", pa.list_(pa.string()))])
+"""The JSON of a snapshot: its numbers and its rendered categorical values, null for what is missing."""
+
 _DAY_US = 86_400_000_000
 _AGE_EDGES_US = tuple(edge * _DAY_US for edge in AGE_EDGES_DAYS)
 _CHUNK_ROWS = 1 << 16
 _MAX_TAIL_ROWS = 1 << 18
 _MAX_TEXTS = 200_000
-_ROWS = ("user_hash", "user_id", "src", "t", "event_id", "numeric", "words")
+_NOTHING = b'{"numeric":[],"words":[]}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +105,6 @@ class PackLayout:
         as_of_us: M points in time, in microseconds.
         start_us: `[M][S]` where the window of each source begins.
         buckets: Buckets of users.
-        first_refused: Rows with this status or a greater one are passed on as refused.
     """
 
     names: tuple[str, ...]
@@ -83,7 +115,6 @@ class PackLayout:
     as_of_us: tuple[int, ...]
     start_us: tuple[tuple[int, ...], ...]
     buckets: int
-    first_refused: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +131,23 @@ class _Tokens:
 
 
 class _Rows:
-    """Rows of users as arrays."""
+    """Rows of users as arrays.
 
-    def __init__(self, table: pa.Table, slots: int) -> None:
+    Args:
+        table: `ROWS` and `text_id`, sorted by `key`.
+        slots: K.
+        known: Users the first block began with, in the order of their folded counts; gets those who are new in it.
+    """
+
+    def __init__(self, table: pa.Table, slots: int, known: list[str]) -> None:
         self.table = table
-        self.starts = _user_starts(table)
-        user = np.cumsum(self.starts) - 1
-        self.slot: Ints = _numbers(table, "src") + 1
-        self.group: Ints = user * slots + self.slot
-        self.t, self.event, self.text = (_numbers(table, name) for name in ("t", "event_id", "text_id"))
+        when, self.key, self.event, self.text = (
+            _numbers(table, name) for name in ("when", "key", "event_id", "text_id")
+        )
+        self.slot: Ints = when & MAX_SOURCES
+        self.t: Ints = when >> SLOT_BITS
+        self.user, self.user_ids, self.user_keys = _users_of(table, self.key, known)
+        self.group: Ints = self.user * slots + self.slot
 
 
 class Packer:
@@ -128,17 +167,18 @@ class Packer:
         self._numeric_at = np.cumsum([0, 0, *layout.numeric_widths])  # by slot
         self._texts: dict[tuple[int, str], list[int]] = {}  # text id, and the as_ofs it was handed out for, as bits
         self._tail: pa.Table | None = None
-        self._folded: list[list[_Tokens]] = [[] for _ in layout.as_of_us]  # of the user the tail begins with
+        self._folded: list[list[_Tokens]] = [[] for _ in layout.as_of_us]  # of the users of the tail
+        self._known: list[str] = []  # users of the tail some of whose rows were folded
+        self._bucket_shift = KEY_BITS - bucket_bits(layout.buckets)
 
     def pack(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-        """Packs rows sorted by `user_hash, user_id, src, event_id`.
+        """Packs rows sorted by `key`.
 
         Args:
-            batches: `user_hash, user_id, src, status, t, event_id, text, numeric, words`; `src` is -1 for the roster,
-                `event_id` the hash of the row for snapshots, `text` the JSON of a refused row.
+            batches: `ROWS`.
 
         Yields:
-            Tables of `PACKED_ROWS`.
+            Tables of `PACKED_ROWS`; users come bucket by bucket.
         """
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
@@ -152,20 +192,24 @@ class Packer:
             yield from self._users(self._tail)
 
     def _arrive(self, table: pa.Table) -> Iterator[pa.Table]:
-        refused = pc.greater_equal(table.column("status"), self._layout.first_refused)
-        if pc.any(refused).as_py():
-            one = table.filter(refused)
-            columns = {name: one.column(name) for name in ("user_id", "src", "status", "t", "text")}
-            yield _packed_rows(REFUSED, 0, len(one), **columns)
-            table = table.filter(pc.invert(refused))
-        slot, t = _numbers(table, "src") + 1, _numbers(table, "t")
-        inside = [self._in_window(moment, slot, t) for moment in range(len(self._starts))]
+        table = table.combine_chunks()
+        when = _numbers(table, "when")
+        refused = when < 0
+        if refused.any():
+            yield _refused_rows(table.filter(pa.array(refused)))
+            table, when = table.filter(pa.array(~refused)), when[~refused]
+        slot, t = when & MAX_SOURCES, when >> SLOT_BITS
+        event = self._is_event[slot]
+        inside = [self._in_window(moment, slot, t) & event for moment in range(len(self._starts))]
         ids, texts = self._text_ids(slot, table.column("text"), dict(enumerate(inside)))
         if texts is not None:
             yield texts
-        rows = table.select(_ROWS).append_column("text_id", pa.array(ids))
+        # Only snapshots need their text any longer.
+        content = pc.if_else(pa.array(event), pa.scalar(None, pa.string()), table.column("text"))
+        table = table.set_column(table.column_names.index("text"), "text", content)
+        rows = table.append_column("text_id", pa.array(ids))
         rows = rows if self._tail is None else pa.concat_tables([self._tail, rows])
-        starts = np.flatnonzero(_user_starts(rows))
+        starts = _changes(_numbers(rows, "key") >> KEY_EVENT_BITS)
         if not len(starts):
             return
         last = int(starts[-1])
@@ -213,18 +257,18 @@ class Packer:
     def _events(self, rows: _Rows, moment: int) -> Ints:
         """Positions of the events of an `as_of`, each once: the greatest time wins, then the smallest text id."""
         inside = np.flatnonzero(self._in_window(moment, rows.slot, rows.t) & self._is_event[rows.slot])
-        if len(inside) < 2:
+        key = rows.key[inside]
+        again = key[1:] == key[:-1]
+        if not again.any():
             return inside
-        group, event = rows.group[inside], rows.event[inside]
-        new = np.concatenate([[True], (group[1:] != group[:-1]) | (event[1:] != event[:-1])])
-        if new.all():
-            return inside
-        run = np.cumsum(new)
-        repeated = np.bincount(run)[run] > 1
-        copies, run = inside[repeated], run[repeated]
-        order = np.lexsort((rows.text[copies], -rows.t[copies], run))
-        best = order[np.concatenate([[True], run[order][1:] != run[order][:-1]])]
-        return np.sort(np.concatenate([inside[~repeated], copies[best]]))
+        # Copies of an event have the same key, so few rows need a closer look.
+        close = np.concatenate([[False], again]) | np.concatenate([again, [False]])
+        copies = inside[close]
+        group, event = rows.group[copies], rows.event[copies]
+        order = np.lexsort((rows.text[copies], -rows.t[copies], event, group))
+        group, event = group[order], event[order]
+        best = order[np.concatenate([[True], (group[1:] != group[:-1]) | (event[1:] != event[:-1])])]
+        return np.sort(np.concatenate([inside[~close], copies[best]]))
 
     def _snapshots(self, rows: _Rows, moment: int) -> Ints:
         """Positions of the snapshots of an `as_of`: the latest of each group, then the smallest hash."""
@@ -233,11 +277,12 @@ class Packer:
         return order[_changes(rows.group[order])]
 
     def _bounded(self, tail: pa.Table) -> pa.Table:
-        """The rows of a user who may go on; of very many, most are folded into counts."""
+        """The rows of a block that may go on; of very many, most are folded into counts."""
         if len(tail) <= _MAX_TAIL_ROWS:
             return tail
-        rows = _Rows(tail, self._slots)
-        same = (rows.group == rows.group[-1]) & (rows.event == rows.event[-1])  # more copies may come
+        rows = _Rows(tail, self._slots, self._known)
+        self._known = rows.user_ids.to_pylist()
+        same = rows.key == rows.key[-1]  # more copies may come
         kept = [np.flatnonzero(same)[-1:]]
         for moment, folded in enumerate(self._folded):
             events = self._events(rows, moment)
@@ -251,7 +296,8 @@ class Packer:
 
     def _users(self, table: pa.Table) -> Iterator[pa.Table]:
         """Packs users who are complete."""
-        rows = _Rows(table.combine_chunks(), self._slots)
+        rows = _Rows(table.combine_chunks(), self._slots, self._known)
+        self._known = []
         for moment, folded in enumerate(self._folded):
             tokens = _counted(rows, self._events(rows, moment))
             if folded:
@@ -291,12 +337,10 @@ class Packer:
             "count_bucket": np.concatenate([bucketize(tokens.count, COUNT_EDGES), none])[order],
             "age_bucket": np.concatenate([age, none])[order],
         }
-        at = pa.array(np.flatnonzero(rows.starts)[users])
-        hashes = rows.table.column("user_hash").take(at).to_numpy()
         yield _packed_rows(
             USER, moment, len(users),
-            bucket=(hashes % self._layout.buckets).astype(np.int32),
-            user_id=rows.table.column("user_id").take(at),
+            bucket=(rows.user_keys[users] >> self._bucket_shift).astype(np.int32),
+            user_id=rows.user_ids.take(pa.array(users)),
             **{name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for name, values in columns.items()},
             num_events=_lists(num_events_UK[:, 1:]), tabular_numeric=_lists(numeric_UC), kept=_lists(kept_UK),
         )  # fmt: skip
@@ -308,16 +352,16 @@ class Packer:
         snapshots = snapshots[rows.slot[snapshots] > 0]
         group, slot = rows.group[snapshots], rows.slot[snapshots]
         at = np.searchsorted(users, group // self._slots)
-        picked = rows.table.take(pa.array(snapshots))
-        numeric = picked.column("numeric").combine_chunks()
+        content = _contents(rows.table.column("text").take(pa.array(snapshots)))
+        numeric = content.column("numeric").combine_chunks()
         for one in np.unique(slot).tolist():
             mine = np.flatnonzero(slot == one)
             first, end = int(self._numeric_at[one]), int(self._numeric_at[one + 1])
-            values = numeric.take(pa.array(mine)).flatten().to_numpy(zero_copy_only=False)
+            values = pc.fill_null(numeric.take(pa.array(mine)).flatten(), np.float32(np.nan)).to_numpy()
             values = values.reshape(len(mine), end - first)
             numeric_UC[at[mine], first:end] = values
             num_events_UK[at[mine], one] = (~np.isnan(values)).sum(axis=1)
-        lists = picked.column("words").combine_chunks()
+        lists = content.column("words").combine_chunks()
         parent = np.asarray(pc.list_parent_indices(lists)).astype(np.int64)
         values = lists.flatten()
         place = np.arange(len(parent)) - np.searchsorted(parent, parent)
@@ -377,13 +421,59 @@ def _changes(values: Ints) -> Ints:
     return np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
 
 
-def _user_starts(table: pa.Table) -> Mask:
-    """Whether each row is the first of its user."""
-    users = table.column("user_id")
-    if not len(users):
-        return np.zeros(0, np.bool_)
-    differs = pc.not_equal(users.slice(1), users.slice(0, len(users) - 1))
-    return np.concatenate([[True], differs.to_numpy()]).astype(np.bool_)
+def bucket_bits(buckets: int) -> int:
+    """How many of the first bits of a key hold the bucket."""
+    return max(1, (buckets - 1).bit_length())
+
+
+def _users_of(table: pa.Table, key: Ints, known: list[str]) -> tuple[Ints, pa.Array, Ints]:
+    """`[N]` users by number, block by block; U user ids; `[U]` a key of each.
+
+    The users `known` have the first numbers, whether they have rows or not.
+    """
+    starts = np.diff(key >> KEY_EVENT_BITS, prepend=-1) != 0
+    block = np.cumsum(starts) - 1
+    ids = table.column("user_id").combine_chunks()
+    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    differs = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    first = np.flatnonzero(starts)
+    if len(known) < 2 and not (differs & ~starts[1:]).any() and (not known or ids[0].as_py() == known[0]):
+        return block, ids.take(pa.array(first)), key[first]
+    coded = ids.dictionary_encode()
+    words: list[str] = coded.dictionary.to_pylist()
+    ranks = {user: rank for rank, user in enumerate(known)}
+    code = np.asarray(coded.indices).astype(np.int64)
+    for one in code[block == 0].tolist():
+        ranks.setdefault(words[one], len(ranks))
+    rank_of = np.array([ranks.get(word, len(ranks)) for word in words])
+    later = len(ranks) + np.arange(len(words))
+    place = block * (2 * len(ranks) + len(words)) + np.where(block == 0, rank_of[code], later[code])
+    found = np.unique(np.concatenate([np.arange(len(ranks)), place]), return_inverse=True)[1]
+    user: Ints = found[len(ranks) :].astype(np.int64)
+    first = np.unique(user, return_index=True)[1]
+    named = ids.take(pa.array(first[user[first] >= len(ranks)]))
+    keys = np.concatenate([np.full(len(ranks), key[0]), key[first[user[first] >= len(ranks)]]])
+    return user, pa.concat_arrays([pa.array(list(ranks), pa.string()), named]), keys
+
+
+def _contents(texts: pa.ChunkedArray) -> pa.Table:
+    """What the JSON of snapshots holds; nothing for a null."""
+    lines = [_NOTHING if one is None else one for one in texts.cast(pa.binary()).to_pylist()]
+    if not lines:
+        return SNAPSHOT.empty_table()
+    data = b"\n".join(lines)
+    return pyarrow.json.read_json(
+        io.BytesIO(data),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        parse_options=pyarrow.json.ParseOptions(explicit_schema=SNAPSHOT, unexpected_field_behavior="error"),
+    )
+
+
+def _refused_rows(table: pa.Table) -> pa.Table:
+    code = -1 - _numbers(table, "when")
+    columns = {"user_id": table.column("user_id"), "t": table.column("event_id"), "text": table.column("text")}
+    numbers = {"src": (code & MAX_SOURCES) - 1, "status": code >> SLOT_BITS}
+    return _packed_rows(REFUSED, 0, len(table), **columns, **{k: v.astype(np.int32) for k, v in numbers.items()})
 
 
 def _numbers(table: pa.Table, name: str) -> Ints:

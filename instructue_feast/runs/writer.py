@@ -96,8 +96,14 @@ def finish_run(store: OutputStore, manifest: RunManifest) -> None:
     store.write_json(to_json(manifest), "runs", manifest.run_id, "manifest.json")
 
 
-def write_parquet(store: OutputStore, table: pa.Table, *parts: str) -> None:
-    """Writes a file of vectors so that a reader sees the old one or the new one, never half of it.
+def write_parquet(store: OutputStore, table: pa.Table, *parts: str, repeats: bool = False) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of it.
+
+    Args:
+        store: The output.
+        table: Its rows.
+        parts: Parts of its path.
+        repeats: Whether values repeat, so that dictionaries are worth it; vectors do not.
 
     Raises:
         StorageError: The disk is full or not writable.
@@ -108,8 +114,7 @@ def write_parquet(store: OutputStore, table: pa.Table, *parts: str) -> None:
         store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         try:
             with store.fs.open(scratch, "wb") as stream:
-                # Vectors do not repeat: a dictionary would only cost time, and zstd alone saves little but is cheap.
-                pq.write_table(table, stream, compression="zstd", use_dictionary=False)
+                pq.write_table(table, stream, compression="zstd", use_dictionary=repeats)
                 if store.is_local:
                     stream.flush()
                     os.fsync(stream.fileno())

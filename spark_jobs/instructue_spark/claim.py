@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pyspark.sql import SparkSession
 
 from instructue_feast.errors import RunConflictError
-from instructue_feast.runs.ownership import take
+from instructue_feast.runs.ownership import Lease, take
 from instructue_feast.runs.store import OutputStore
 
 
 @contextmanager
-def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[None]:
+def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[Lease]:
     """Claims a folder for the block; after an error or an interrupt its Spark jobs are cancelled and it is gone.
 
     A folder whose `manifest.json` is there is finished, and stays whatever happens. What a dead process left half-made
@@ -25,6 +25,9 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[N
         spark: The session; other jobs in it are left alone.
         store: The output.
         folder: Parts of the folder's path.
+
+    Yields:
+        The lease, whose token workers compare before they write.
 
     Raises:
         RunConflictError: A live process has it, or it is finished.
@@ -40,7 +43,7 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[N
     tag = "-".join(folder)
     spark.sparkContext.addJobTag(tag)
     try:
-        yield
+        yield lease
     except BaseException as error:
         lease.release()  # workers still at it now refuse to write
         if not store.exists(*folder, "manifest.json"):

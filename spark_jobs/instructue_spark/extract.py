@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 
 from instructue_feast import schema
@@ -24,16 +21,15 @@ from instructue_feast.config import InstructueConfig, load_config
 from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.runs.manifest import ExtractManifest, SourceCounts, check_id, new_id, parse_as_of, to_json
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import write_parquet
 from instructue_spark import history, sources
 from instructue_spark.claim import claimed
+from instructue_spark.extract_files import ExtractFiles
 from instructue_spark.io import spark_errors
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session, settle
-from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, STATUSES
+from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, ROSTER_NAME, STATUSES
 from instructue_spark.windows import ROSTER, Windows
-
-ROSTER_NAME = "(roster)"
-"""Key of the roster in a manifest's `counts`; no source can have that name."""
 
 _Counts = dict[tuple[int, int], int]
 """Rows by `(src, status)`."""
@@ -86,10 +82,10 @@ def run_extracts(
     store = OutputStore(config.output.path)
     store.require_free(config.output.min_free_gib)
     moments = [one.astimezone(UTC) for one in as_ofs]
-    with ExitStack() as claims, spark_errors(), _caches() as caches:
-        for one in extract_ids:
-            claims.enter_context(claimed(spark, store, "extracts", one))
-        job = _Job(settle(spark), config, moments, list(extract_ids), reporter, store, caches)
+    with ExitStack() as claims, spark_errors():
+        tokens = [claims.enter_context(claimed(spark, store, "extracts", one)).token for one in extract_ids]
+        files = ExtractFiles(root=config.output.path, extract_ids=tuple(extract_ids), tokens=tuple(tokens))
+        job = _Job(settle(spark), config, moments, files, reporter, store)
         manifests = job.run(started)
         for manifest in manifests:
             store.write_json(to_json(manifest), "extracts", manifest.extract_id, "manifest.json")
@@ -97,20 +93,19 @@ def run_extracts(
 
 
 class _Job:
-    """An extraction while it runs: its inputs, and the frames to unpersist at the end."""
+    """An extraction while it runs."""
 
     def __init__(
         self,
         spark: SparkSession,
         config: InstructueConfig,
         as_ofs: list[datetime],
-        extract_ids: list[str],
+        files: ExtractFiles,
         reporter: Reporter,
         store: OutputStore,
-        caches: list[DataFrame],
     ) -> None:
-        self.spark, self.config, self.as_ofs, self.extract_ids = spark, config, as_ofs, extract_ids
-        self.reporter, self.store, self.caches = reporter, store, caches
+        self.spark, self.config, self.as_ofs, self.files = spark, config, as_ofs, files
+        self.reporter, self.store = reporter, store
         self.windows = Windows(config, as_ofs)
 
     def run(self, started: float) -> list[ExtractManifest]:
@@ -122,21 +117,16 @@ class _Job:
             inside = sum(_total(one, IN_WINDOW) for one in counts)
             stage.rows_in, stage.rows_out = read, inside
         with self.reporter.stage("history") as stage:
-            packed = self._cache(history.pack(rows, config, self.windows))
-            totals = history.totals(packed, len(names) + 1)
-            self._write(history.histories(packed, self.windows), "history", ["bucket"], ["user_id"])
-            stage.rows_in, stage.rows_out = inside, sum(users for users, _, _ in totals.values())
+            totals = history.write(rows, config, self.windows, self.files)
+            stage.rows_in, stage.rows_out = inside, sum(one.users for one in totals)
         with self.reporter.stage("phrasebook") as stage:
-            book = self._cache(history.phrasebook(packed, config))
-            texts = history.check_ids(book)
-            self._write(book, "phrasebook", [], [])
-            self._write_quarantine(packed, counts[0])
-            stage.rows_in, stage.rows_out = inside, sum(texts.values())
+            for extract_id, one in zip(self.files.extract_ids, totals, strict=True):
+                self._complete(extract_id, one.files)
+            stage.rows_in, stage.rows_out = inside, sum(one.texts for one in totals)
         indexes = {**dict(enumerate(names)), **({ROSTER: ROSTER_NAME} if config.users else {})}
         manifests = []
-        for moment, (as_of, extract_id) in enumerate(zip(self.as_ofs, self.extract_ids, strict=True)):
-            users, tokens, kept = totals[moment]
-            mine = counts[moment]
+        for moment, (as_of, extract_id) in enumerate(zip(self.as_ofs, self.files.extract_ids, strict=True)):
+            made, mine = totals[moment], counts[moment]
             manifest = ExtractManifest(
                 extract_id=extract_id,
                 as_of=as_of.isoformat(),
@@ -144,11 +134,11 @@ class _Job:
                 history_digest=config.history_digest(),
                 sources=list(names),
                 buckets=config.output.buckets,
-                users=users,
-                events=sum(kept[index] for index, name in enumerate(names) if name in config.event_sources),
-                distinct_texts=texts.get(moment, 0),
-                tokens=tokens,
-                counts={name: _source_counts(mine, index, kept[index], name) for index, name in indexes.items()},
+                users=made.users,
+                events=sum(made.kept[index] for index, name in enumerate(names) if name in config.event_sources),
+                distinct_texts=made.texts,
+                tokens=made.tokens,
+                counts={name: _source_counts(mine, index, made.kept[index], name) for index, name in indexes.items()},
                 seconds=round(time.monotonic() - started, 3),
             )
             manifests.append(manifest)
@@ -186,60 +176,18 @@ class _Job:
             result.append(counts)
         return result
 
-    def _write(self, rows: DataFrame, table: str, folders: list[str], order: list[str]) -> None:
-        """Writes one table of every extract; `rows` have a column `moment` that says which it is of."""
-        several = len(self.extract_ids) > 1
-        whole = ("extracts", self.extract_ids[0], f"{table}-of-all" if several else table)
-        rows, folders = (rows, ["moment", *folders]) if several else (rows.drop("moment"), folders)
-        if order:  # after the folders, or Spark would sort by them once more and lose it
-            rows = rows.sortWithinPartitions(*folders, *order)
-        rows.write.partitionBy(*folders).parquet(self.store.url(*whole))
-        if not several:
-            return
-        for moment, extract_id in enumerate(self.extract_ids):
-            if self.store.exists(*whole, f"moment={moment}"):
-                self.store.move((*whole, f"moment={moment}"), ("extracts", extract_id, table))
-            else:
-                self._write_nothing(extract_id, table, schema.PHRASEBOOK)
-        self.store.remove(*whole)
-
-    def _write_quarantine(self, packed: DataFrame, counts: _Counts) -> None:
-        refused = any(status >= FIRST_QUARANTINED for _, status in counts)
-        for extract_id in self.extract_ids:
-            if refused:
-                rows = history.quarantine(packed, self.config.source_names)
-                rows.write.parquet(self.store.url("extracts", extract_id, "quarantine"))
-            else:
-                self._write_nothing(extract_id, "quarantine", schema.QUARANTINE)
-
-    def _write_nothing(self, extract_id: str, table: str, columns: pa.Schema) -> None:
-        folder = self.store.path("extracts", extract_id, table)
-        self.store.fs.makedirs(folder, exist_ok=True)
-        pq.write_table(columns.empty_table(), f"{folder}/part-0.parquet", filesystem=self.store.fs)
-
-    def _cache(self, frame: DataFrame) -> DataFrame:
-        self.caches.append(frame.persist(StorageLevel.MEMORY_AND_DISK))
-        return self.caches[-1]
-
-
-@contextmanager
-def _caches() -> Iterator[list[DataFrame]]:
-    """Unpersists the frames put into the list, unless the process is being stopped.
-
-    An interrupt leaves a command to the JVM unanswered; the next one would wait until the running job ends.
-    """
-    frames: list[DataFrame] = []
-    try:
-        yield frames
-    except Exception:
-        _unpersist(frames)
-        raise
-    _unpersist(frames)
-
-
-def _unpersist(frames: list[DataFrame]) -> None:
-    for frame in frames:
-        frame.unpersist()
+    def _complete(self, extract_id: str, files: dict[str, set[str]]) -> None:
+        """Removes files that no finished task has named, and writes the tables without rows."""
+        for table in self.files.tables:
+            folder = self.store.path("extracts", extract_id, table)
+            named = {f"{folder}/{one}" for one in files.get(table, ())}
+            for pattern in ("*.parquet", "bucket=*/*.parquet"):
+                for one in self.store.files("extracts", extract_id, table, pattern=pattern):
+                    if one not in named:
+                        self.store.fs.rm_file(one)
+        for table, columns in (("phrasebook", schema.PHRASEBOOK), ("quarantine", schema.QUARANTINE)):
+            if table not in files:
+                write_parquet(self.store, columns.empty_table(), "extracts", extract_id, table, "part-0.parquet")
 
 
 def _without_conditions(source: Any) -> Any:

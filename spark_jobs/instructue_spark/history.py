@@ -1,60 +1,144 @@
-"""Canonical rows to packed histories, the phrasebook and the quarantine table.
+"""Canonical rows to packed histories, the phrasebook and the quarantine table, in one job with one long shuffle.
 
-The shape of the work: rows are shuffled once, by user, and sorted inside a task by user, source and event, which spills
-to disk. `instructue_feast.history.packer` then walks over them; no user needs more memory than a chunk of rows and the
-distinct texts of that user.
+The shape of the work: rows are shuffled by user and sorted inside a task by one number (`packer.ROWS`), which spills to
+disk, and which Spark sorts without looking at the rows. `instructue_feast.history.packer` then walks over them and the
+task writes the histories itself, so that they need not travel back. Only texts and refused rows are shuffled once more,
+texts by id, to be written once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from instructue_feast.config import EventSourceConfig, InstructueConfig
-from instructue_feast.errors import DataError
-from instructue_feast.history.packer import PACKED_ROWS, REFUSED, TEXT, USER, Packer, PackLayout
+from instructue_feast.errors import ConfigError, DataError
+from instructue_feast.history import packer
+from instructue_feast.history.packer import KEY_BITS, KEY_EVENT_BITS, SLOT_BITS, Packer, PackLayout
 from instructue_feast.history.render import text_id
+from instructue_spark.extract_files import FILE, TASK_ROWS, ExtractFiles, Finisher, HistoryFiles
 from instructue_spark.io import emit, spark_schema
-from instructue_spark.sources import FIRST_QUARANTINED, IN_WINDOW, STATUSES
+from instructue_spark.sources import FIRST_QUARANTINED
 from instructue_spark.windows import Windows
 
-_ROWS = ("user_hash", "user_id", "src", "status", "t", "event_id", "text", "numeric", "words")
+_OUTSIDE = (1, 2)  # at or after as_of, before the window
+TASKS_PER_CORE = 8
+"""A task sorts what it gets in memory when it is small enough."""
 
 
-def pack(rows: DataFrame, config: InstructueConfig, windows: Windows) -> DataFrame:
-    """Packs canonical rows.
+@dataclass(slots=True)
+class Totals:
+    """What the job wrote for one `as_of`: users, tokens, distinct texts; by `src` how many rows count."""
+
+    users: int = 0
+    tokens: int = 0
+    texts: int = 0
+    kept: Counter[int] = field(default_factory=Counter)
+    files: dict[str, set[str]] = field(default_factory=dict)
+    """Names, by table, of the files that count; a task that failed or ran twice may have left others."""
+
+
+def write(rows: DataFrame, config: InstructueConfig, windows: Windows, files: ExtractFiles) -> list[Totals]:
+    """Packs canonical rows and writes histories, phrasebooks and quarantine tables.
 
     Args:
         rows: `sources.canonical_events` and `canonical_snapshots` of all sources.
         config: The project.
         windows: The `as_of`s.
+        files: Where to.
 
     Returns:
-        `packer.PACKED_ROWS`.
+        One for each `as_of`.
+
+    Raises:
+        ConfigError: More sources than fit.
+        DataError: Two different texts have the same 64-bit id.
+        StorageError: A file cannot be written.
     """
+    session = rows.sparkSession
+    texts = int(session.conf.get("spark.sql.shuffle.partitions") or 200)
+    packed = _placed(rows, config).mapInArrow(
+        _packing(_layout(config, windows), text_id, files), spark_schema(TASK_ROWS)
+    )
+    where = F.when(F.col("kind") == packer.TEXT, F.col("id")).when(F.col("kind") == packer.REFUSED, F.xxhash64("text"))
+    made = (
+        packed.repartition(texts, F.coalesce(where, F.lit(0)))
+        .mapInArrow(_finishing(config.source_names, files), spark_schema(TASK_ROWS))
+        .select("kind", "moment", "src", "text", "numbers")
+    )
+    totals = [Totals() for _ in windows.as_of_us]
+    for kind, moment, src, name, numbers in made.collect():
+        if kind != FILE:
+            raise DataError(
+                "two different event texts have the same 64-bit id", "change a word in one of the templates"
+            )
+        one, table = totals[moment], files.tables[src]
+        one.files.setdefault(table, set()).add(name)
+        if table == "history":
+            one.users, one.tokens = one.users + numbers[0], one.tokens + numbers[1]
+            one.kept.update({slot - 1: number for slot, number in enumerate(numbers[2:])})
+        elif table == "phrasebook":
+            one.texts += numbers[0]
+    return totals
+
+
+def _placed(rows: DataFrame, config: InstructueConfig) -> DataFrame:
+    """The rows that matter as `packer.ROWS`, where and in the order they are packed in."""
     session, buckets = rows.sparkSession, config.output.buckets
+    if len(config.sources) > packer.MAX_SOURCES:
+        raise ConfigError(f"{len(config.sources)} sources", f"declare at most {packer.MAX_SOURCES}")
     wanted = int(session.conf.get("spark.sql.shuffle.partitions") or 200)
-    partitions = min(buckets, max(wanted, 4 * session.sparkContext.defaultParallelism))
-    inside = rows.where((F.col("status") == IN_WINDOW) | (F.col("status") >= FIRST_QUARANTINED)).select(*_ROWS)
-    place = F.pmod(F.pmod("user_hash", F.lit(buckets)), F.lit(partitions)).cast("int")
+    partitions = min(buckets, max(wanted, TASKS_PER_CORE * session.sparkContext.defaultParallelism))
+    # Not `status == 0 or status >= 3`: pushed down to the table, it would work out the verdict twice.
+    inside = rows.where(~F.col("status").isin(*_OUTSIDE))
+    refused = F.col("status") >= FIRST_QUARANTINED
+    slot = F.col("src") + 1
+    code = F.shiftleft(F.col("status").cast("long"), SLOT_BITS).bitwiseOR(slot)
+    narrow = inside.select(
+        _key(buckets).alias("key"),
+        "user_id",
+        F.when(refused, -1 - code).otherwise(F.shiftleft("t", SLOT_BITS).bitwiseOR(slot)).alias("when"),
+        F.when(refused, F.col("t")).otherwise(F.col("event_id")).alias("event_id"),
+        "text",
+    )
+    bucket = F.shiftright("key", KEY_BITS - packer.bucket_bits(buckets))
+    place = F.pmod(bucket, F.lit(partitions)).cast("int")
     if hasattr(DataFrame, "repartitionById"):  # 4.1: hashing so few numbers would leave some partitions empty
-        placed = inside.repartitionById(partitions, place)
+        placed = narrow.repartitionById(partitions, place)
     else:
-        placed = inside.repartition(partitions, place)
-    # The hash first, because the sort compares eight bytes of the first column before it looks at a row.
-    ordered = placed.sortWithinPartitions("user_hash", "user_id", "src", "event_id")
-    return ordered.mapInArrow(_packing(_layout(config, windows), text_id), spark_schema(PACKED_ROWS))
+        placed = narrow.repartition(partitions, place)
+    return placed.sortWithinPartitions("key").select(*packer.ROWS.names)
+
+
+def _key(buckets: int) -> Column:
+    bits = packer.bucket_bits(buckets)
+    bucket = F.shiftleft(F.pmod("user_hash", F.lit(buckets)).cast("long"), KEY_BITS - bits)
+    user = F.shiftrightunsigned(F.shiftrightunsigned("user_hash", bits + 1), KEY_EVENT_BITS)
+    event = F.coalesce(F.col("event_id").bitwiseAND(F.lit((1 << KEY_EVENT_BITS) - 1)), F.lit(0))
+    return bucket.bitwiseOR(F.shiftleft(user, KEY_EVENT_BITS)).bitwiseOR(event)
 
 
 def _packing(
-    layout: PackLayout, identify: Callable[[str, str], int]
+    layout: PackLayout, identify: Callable[[str, str], int], files: ExtractFiles
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for table in Packer(layout, identify).pack(batches):
-            yield from emit(table, PACKED_ROWS)
+        for table in HistoryFiles(files, layout).write(Packer(layout, identify).pack(batches)):
+            yield from emit(table, TASK_ROWS)
+
+    return run
+
+
+def _finishing(
+    names: tuple[str, ...], files: ExtractFiles
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for table in Finisher(files, names).finish(batches):
+            yield from emit(table, TASK_ROWS)
 
     return run
 
@@ -73,57 +157,4 @@ def _layout(config: InstructueConfig, windows: Windows) -> PackLayout:
         as_of_us=windows.as_of_us,
         start_us=windows.start_us,
         buckets=config.output.buckets,
-        first_refused=FIRST_QUARANTINED,
-    )
-
-
-def histories(packed: DataFrame, windows: Windows) -> DataFrame:
-    """`moment, bucket` and the columns of `schema.PACKED_HISTORY`."""
-    moments = F.array(*[F.lit(one) for one in windows.as_of_us])
-    return packed.where(F.col("kind") == USER).select(
-        "moment", "bucket", "user_id", F.timestamp_micros(F.get(moments, F.col("moment"))).alias("as_of"),
-        "source_index", "text_id", "count_bucket", "age_bucket", "num_events", "tabular_numeric",
-    )  # fmt: skip
-
-
-def totals(packed: DataFrame, slots: int) -> dict[int, tuple[int, int, dict[int, int]]]:
-    """By `moment`: users, tokens, and by `src` how many rows count."""
-    sums = [F.sum(F.get("kept", slot).cast("bigint")) for slot in range(slots)]
-    users = packed.where(F.col("kind") == USER)
-    rows = users.groupBy("moment").agg(F.count("*"), F.sum(F.size("text_id")), *sums).collect()
-    return {int(row[0]): (int(row[1]), int(row[2]), {i - 1: int(row[3 + i]) for i in range(slots)}) for row in rows}
-
-
-def phrasebook(packed: DataFrame, config: InstructueConfig) -> DataFrame:
-    """`moment` and the columns of `schema.PHRASEBOOK`, each text once per `moment`."""
-    names = F.array(*[F.lit(name) for name in config.source_names])
-    return (
-        packed.where(F.col("kind") == TEXT)
-        .select("moment", "src", F.col("id").alias("text_id"), "text")
-        .distinct()
-        .select("moment", F.get(names, F.col("src")).alias("source"), "text_id", "text")
-    )
-
-
-def check_ids(book: DataFrame) -> dict[int, int]:
-    """Texts by `moment`.
-
-    Raises:
-        DataError: Two different texts have the same 64-bit id.
-    """
-    # Over all sources, because event vectors are found by the id alone.
-    ids, texts = book.agg(F.count_distinct("text_id"), F.count_distinct("source", "text")).collect()[0]
-    if ids != texts:
-        raise DataError("two different event texts have the same 64-bit id", "change a word in one of the templates")
-    return {int(moment): int(number) for moment, number in book.groupBy("moment").count().collect()}
-
-
-def quarantine(packed: DataFrame, names: tuple[str, ...]) -> DataFrame:
-    """The quarantine table (`schema.QUARANTINE`); roster rows have the source `(roster)`."""
-    return packed.where(F.col("kind") == REFUSED).select(
-        F.get(F.array(*[F.lit(one) for one in ("(roster)", *names)]), F.col("src") + 1).alias("source"),
-        F.get(F.array(*[F.lit(one) for one in STATUSES]), F.col("status")).alias("reason"),
-        "user_id",
-        F.timestamp_micros("t").alias("event_time"),
-        F.col("text").alias("row"),
     )

@@ -3,12 +3,12 @@
 *Events* (one row per event) and *snapshots* (one row per row of a tabular source, and of the roster, which is a
 snapshot without columns) come out of here in one shape:
 
-    src, status, cell, user_hash, user_id, t, event_id, text, numeric, words
+    src, status, cell, user_hash, user_id, t, event_id, text
 
-`t` is in microseconds, `cell` numbers the piece of time it lies in (`windows`), `event_id` is of a snapshot the hash of
-its row, `numeric` an `array<float>` with NaN for what is missing (also for infinities), and `words` the rendered
-categorical values with nulls. Every row has a `status`. One that is outside all windows carries nulls elsewhere, a
-quarantined one its user, its time, and in `text` the JSON of the columns the source names.
+`t` is in microseconds, `cell` numbers the piece of time it lies in (`windows`). Of a snapshot, `event_id` is the hash
+of its row and `text` JSON (`packer.SNAPSHOT`): its numbers, null for what is missing or infinite, and its rendered
+categorical values; null for the roster. Every row has a `status`. One that is outside all windows carries nulls
+elsewhere, a quarantined one its user, its time, and in `text` the JSON of the columns the source names.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ STATUSES = (
     "in_window", "at_or_after_as_of", "before_window", "null_user", "null_time", "impossible_time", "broken_value",
 )  # fmt: skip
 """What can become of a row, by code; those from `FIRST_QUARANTINED` on go to the quarantine table."""
+
+ROSTER_NAME = "(roster)"
+"""What the roster is called among sources; no source can have that name."""
 
 IN_WINDOW = 0
 FIRST_QUARANTINED = STATUSES.index("null_user")
@@ -135,7 +138,6 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, w
         .otherwise(F.lit(IN_WINDOW))
     )
     text = render.template_column(source.text, raw.types, config.history.max_text_chars, raw.where)
-    nothing = F.lit(None)
     return _canonical(
         _judged(raw, config, status, user, time),
         src,
@@ -143,8 +145,6 @@ def canonical_events(spark: SparkSession, name: str, config: InstructueConfig, w
         event_id=_event_id(raw, source),
         text=text,
         row=_row_json(raw, source.columns),
-        numeric=nothing.cast("array<float>"),
-        words=nothing.cast("array<string>"),
     )
 
 
@@ -165,22 +165,31 @@ def canonical_snapshots(spark: SparkSession, name: str, config: InstructueConfig
         .when(F.lit(source.time is not None) & (time >= F.lit(windows.end_us)), F.lit(1))
         .otherwise(F.lit(IN_WINDOW))
     )
-    numeric = [_numeric(raw, one) for columns in source.numeric_groups.values() for one in columns]
+    numbers = [_numeric(raw, one) for columns in source.numeric_groups.values() for one in columns]
     words = [
         render.categorical_column(one, raw.types[one], config.history.max_text_chars, raw.where)
         for one in source.categorical
     ]
+    # A text and not two arrays: a column that is null in all events still costs as much as a number on its way.
+    content = F.to_json(
+        F.struct(
+            F.array(*numbers).cast("array<float>").alias("numeric"),
+            F.array(*words).cast("array<string>").alias("words"),
+        )
+    )
     judged = _judged(raw, config, status, user, time)
-    return _snapshots(raw, judged, config.source_names.index(name), windows, source.columns, numeric, words)
+    return _snapshots(raw, judged, config.source_names.index(name), windows, source.columns, content)
 
 
 def canonical_roster(spark: SparkSession, users: UsersConfig, config: InstructueConfig, windows: Windows) -> DataFrame:
-    """The roster, as snapshots with nothing in their arrays and `ROSTER` as `src`."""
+    """The roster, as snapshots without content and `ROSTER` as `src`."""
     raw = open_source(spark, "users", users)
     raw.require((users.user_id,))
     user, time = _user_column(raw, users.user_id), F.lit(to_micros(EARLIEST))
     status = _quarantine_status(user, time, F.lit(False)).otherwise(F.lit(IN_WINDOW))
-    return _snapshots(raw, _judged(raw, config, status, user, time), ROSTER, windows, (users.user_id,), [], [])
+    return _snapshots(
+        raw, _judged(raw, config, status, user, time), ROSTER, windows, (users.user_id,), F.lit(None).cast("string")
+    )
 
 
 def _snapshots(
@@ -189,18 +198,15 @@ def _snapshots(
     src: int,
     windows: Windows,
     columns: tuple[str, ...],
-    numeric: list[Column],
-    words: list[Column],
+    content: Column,
 ) -> DataFrame:
     return _canonical(
         judged,
         src,
         windows,
         event_id=_row_hash(raw, columns),
-        text=F.lit(None).cast("string"),
+        text=content,
         row=_row_json(raw, columns),
-        numeric=F.array(*numeric).cast("array<float>"),
-        words=F.array(*words).cast("array<string>"),
     )
 
 
@@ -212,8 +218,6 @@ def _canonical(
     event_id: Column,
     text: Column,
     row: Column,
-    numeric: Column,
-    words: Column,
 ) -> DataFrame:
     """Judged rows in the common shape."""
     kept, refused = F.col(_STATUS) == IN_WINDOW, F.col(_STATUS) >= FIRST_QUARANTINED
@@ -230,8 +234,6 @@ def _canonical(
         F.when(kept | refused, time).alias("t"),
         F.when(kept, event_id).alias("event_id"),
         F.when(kept, text).when(refused, row).alias("text"),
-        F.when(kept, numeric).alias("numeric"),
-        F.when(kept, words).alias("words"),
     )
 
 
@@ -305,7 +307,7 @@ def _numeric(raw: RawTable, name: str) -> Column:
             "list it under `categorical`, or convert it to a number",
         )
     value = column(name).cast("float")
-    return F.when(render.is_finite(value), value).otherwise(F.lit(float("nan")).cast("float"))
+    return F.when(render.is_finite(value), value)
 
 
 def _event_id(raw: RawTable, source: EventSourceConfig) -> Column:

@@ -177,7 +177,7 @@ def test_an_interrupted_extract_leaves_nothing_and_a_usable_session(spark, lake:
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(history, "histories", interrupt)
+    monkeypatch.setattr(history, "write", interrupt)
     config = write_config(lake, {"bill": event_source("bill")})
     with pytest.raises(KeyboardInterrupt):
         extract(spark, config)
