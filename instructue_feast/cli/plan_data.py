@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from instructue_feast.config import EventSourceConfig, InstructueConfig
 from instructue_feast.errors import ConfigError
 from instructue_feast.history.pack import PackedHistory
-from instructue_feast.runs.plan import DataStatistics, ExtractionRates
+from instructue_feast.runs.plan import DataStatistics, ExtractionRates, Line
 from instructue_feast.runs.store import OutputStore
+from instructue_feast.runs.writer import parquet_bytes
 
 SAMPLE = 2_048
 """Users that are looked at."""
@@ -41,7 +42,7 @@ def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataSt
     except ConfigError:
         return _made_up(project)
     manifest = extract_manifest(store, name)
-    history, book, sizes = _sample(project, store, name)
+    history, book, files = _sample(project, store, name)
     half = len(set(history.text_id[: history.offsets[len(history) // 2]].tolist()))
     whole = len(set(history.text_id.tolist()))
     data = DataStatistics(
@@ -51,8 +52,9 @@ def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataSt
         texts_per_user=manifest.tokens / manifest.users,
         distinct_texts=manifest.distinct_texts,
         text_growth=min(1.0, max(0.0, math.log2(whole / half))) if half else 1.0,
-        history_bytes=sizes[0] / manifest.users,
-        phrase_bytes=sizes[1] / max(1, manifest.distinct_texts),
+        history_bytes=files.history.slope,
+        phrase_bytes=files.phrasebook / max(1, manifest.distinct_texts),
+        file_bytes=files.history.base,
     )
     extraction = EXTRACTION
     if manifest.events >= _EVENTS:
@@ -63,10 +65,26 @@ def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataSt
     return history, book, data, extraction
 
 
-def _sample(
-    project: InstructueConfig, store: OutputStore, extract: str
-) -> tuple[PackedHistory, list[str], tuple[int, int]]:
-    """Up to `SAMPLE` users of an extract, some texts, and the bytes of its histories and of its phrasebook."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _FileSizes:
+    """Bytes of a file of packed histories over its users, and of the phrasebook."""
+
+    history: Line
+    phrasebook: int
+
+
+def history_file(table: pa.Table) -> Line:
+    """From the halves of the sample: a file's headers and dictionaries are paid once, whatever the users in it."""
+    half = len(table) // 2
+    whole = float(parquet_bytes(table, repeats=True))
+    if not half:
+        return Line(base=0.0, slope=whole)
+    slope = min((whole - parquet_bytes(table.slice(0, half), repeats=True)) / (len(table) - half), whole / len(table))
+    return Line(base=whole - len(table) * slope, slope=slope)
+
+
+def _sample(project: InstructueConfig, store: OutputStore, extract: str) -> tuple[PackedHistory, list[str], _FileSizes]:
+    """Up to `SAMPLE` users of an extract, some texts, and the sizes of its files."""
     files = store.files("extracts", extract, "history", "bucket=*")
     tables, rows = [], 0
     for file in files:
@@ -82,7 +100,7 @@ def _sample(
     books = store.files("extracts", extract, "phrasebook")
     with store.fs.open(books[0], "rb") as stream:
         texts = pq.read_table(stream, columns=["text"]).slice(0, SAMPLE).column("text").to_pylist()
-    return history, texts, (sum(map(store.fs.size, files)), sum(map(store.fs.size, books)))
+    return history, texts, _FileSizes(history_file(table), sum(map(store.fs.size, books)))
 
 
 def _made_up(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataStatistics, ExtractionRates]:

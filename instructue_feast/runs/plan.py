@@ -48,6 +48,7 @@ class DataStatistics:
         distinct_texts: Texts of the phrasebook of `users` users.
         text_growth: Distinct texts grow as users to this power.
         history_bytes: Of a packed history on disk, per user.
+        file_bytes: Of a file of packed histories, beside its users: headers and dictionaries.
         phrase_bytes: Of a phrasebook on disk, per text.
     """
 
@@ -59,6 +60,7 @@ class DataStatistics:
     text_growth: float
     history_bytes: float
     phrase_bytes: float
+    file_bytes: float = 0.0
 
     def texts_of(self, users: int) -> float:
         """Distinct texts of that many users."""
@@ -249,9 +251,9 @@ def plan(calibration: Calibration, workload: Workload) -> Plan:
     users, instructions, data = workload.users, workload.instructions, calibration.data
     texts = data.texts_of(users)
     run = users * calibration.run_bytes.at(instructions)
-    history = users * data.history_bytes
     in_memory = users * (4.0 * calibration.embedding_dim * instructions + 24 * data.texts_per_user)
     buckets = workload.buckets or max(16, math.ceil(in_memory / BUCKET_BYTES))
+    history = users * data.history_bytes + buckets * data.file_bytes
     full = _cost(calibration, workload, buckets, embedded=users, encoded=texts)
     some = _cost(calibration, workload, buckets, embedded=users * workload.changed, encoded=texts * workload.new_texts)
     phrasebook = texts * data.phrase_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,6 +97,17 @@ def finish_run(store: OutputStore, manifest: RunManifest) -> None:
     store.write_json(to_json(manifest), "runs", manifest.run_id, "manifest.json")
 
 
+def parquet_bytes(table: pa.Table, *, repeats: bool = False) -> int:
+    """Size of the file `write_parquet` would write."""
+    sink = pa.BufferOutputStream()
+    _encode(table, sink, repeats)
+    return int(sink.getvalue().size)
+
+
+def _encode(table: pa.Table, stream: Any, repeats: bool) -> None:
+    pq.write_table(table, stream, compression="zstd", use_dictionary=repeats)
+
+
 def write_parquet(store: OutputStore, table: pa.Table, *parts: str, repeats: bool = False) -> None:
     """Writes a file so that a reader sees the old one or the new one, never half of it.
 
@@ -114,7 +126,7 @@ def write_parquet(store: OutputStore, table: pa.Table, *parts: str, repeats: boo
         store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         try:
             with store.fs.open(scratch, "wb") as stream:
-                pq.write_table(table, stream, compression="zstd", use_dictionary=repeats)
+                _encode(table, stream, repeats)
                 if store.is_local:
                     stream.flush()
                     os.fsync(stream.fileno())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from unittest.mock import patch
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from instructue_feast.cli.main import main
-from instructue_feast.cli.plan_data import look_at
+from instructue_feast.cli.plan_data import history_file, look_at
 from instructue_feast.config import load_config
+from instructue_feast.runs.writer import parquet_bytes
 from tests.runs.test_plan import CALIBRATION
 
 
@@ -54,6 +57,17 @@ def test_a_new_calibration_is_saved_and_the_config_says_how_many_instructions(tm
     history, _, data, _ = look_at(load_config(config))
     assert abs(history.num_tokens.mean() - 10) < 2  # a quarter of the room
     assert "default" in data.source
+
+
+def test_few_users_foretell_the_files_of_many():
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 2**62, 300)
+    users = [np.sort(rng.choice(texts, rng.integers(1, 30))) for _ in range(9_000)]
+    table = pa.table({"user_id": [f"user-{row:06d}" for row in range(len(users))], "text_id": users})
+    line = history_file(table.slice(0, 1_000))
+    assert line.base + 8_000 * line.slope == pytest.approx(parquet_bytes(table.slice(1_000), repeats=True), rel=0.1)
+    assert line.base > 300 * 8  # every file has the dictionary
+    assert history_file(table.slice(0, 1)).slope == parquet_bytes(table.slice(0, 1), repeats=True)
 
 
 def test_a_damaged_calibration_is_a_stated_error(saved, capsys):

@@ -23,7 +23,7 @@ CALIBRATION = Calibration(
     device="a core", accelerator=False, model="tiny", versions="torch 2", date="2026-01-01",
     data=DataStatistics(
         source="extract x", users=1_000, events_per_user=30, texts_per_user=20, distinct_texts=500, text_growth=0.5,
-        history_bytes=400, phrase_bytes=40,
+        history_bytes=400, phrase_bytes=40, file_bytes=2_000,
     ),
     extraction=ExtractionRates(source="x", fixed_core_seconds=40, fixed_seconds=20, core_seconds_per_event=1e-5),
     prefix_tokens=90, embed_seconds=Line(base=0.01, slope=0.001), write_seconds=Line(base=1e-5, slope=1e-6),
@@ -40,6 +40,7 @@ def test_a_full_backfill_adds_up():
     assert result.full.seconds == pytest.approx(20 + 3 + work / 2)
     assert result.full.gpu_seconds == 0
     assert result.storage_bytes["run"] == 1_000 * 980
+    assert result.storage_bytes["packed histories"] == 1_000 * 400 + 10 * 2_000  # a file for each bucket
     assert result.storage_bytes["event vectors"] == 500 * 384 * 4
     assert result.online_bytes == {"redis": 1_000 * 1_860}
 
