@@ -273,7 +273,7 @@ class Packer:
     def _snapshots(self, rows: _Rows, moment: int) -> Ints:
         """Positions of the snapshots of an `as_of`: the latest of each group, then the smallest hash."""
         inside = np.flatnonzero(self._in_window(moment, rows.slot, rows.t) & ~self._is_event[rows.slot])
-        order = inside[np.lexsort((rows.event[inside], -rows.t[inside], rows.group[inside]))]
+        order = inside[_order(rows.group[inside], -rows.t[inside], rows.event[inside])]
         return order[_changes(rows.group[order])]
 
     def _bounded(self, tail: pa.Table) -> pa.Table:
@@ -324,11 +324,12 @@ class Packer:
             yield texts
         tokens = self._capped(tokens, first)
         age = bucketize(self._layout.as_of_us[moment] - tokens.last, _AGE_EDGES_US)
+        ago = tokens.last - (tokens.last.min() if len(tokens.last) else 0)  # small numbers, as the places of words are
         group, place, text = (
-            np.concatenate(pair) for pair in zip((tokens.group, tokens.last, tokens.text), words, strict=True)
+            np.concatenate(pair) for pair in zip((tokens.group, ago, tokens.text), words, strict=True)
         )
         none = np.zeros(len(words[0]), np.int32)
-        order = np.lexsort((text, place, group))
+        order = _order(group, place, text)
         ends = np.searchsorted(group[order] // slots, users, side="right").astype(np.int32)
         offsets = np.concatenate([np.zeros(1, np.int32), ends])
         columns = {
@@ -402,16 +403,35 @@ def _counted(rows: _Rows, events: Ints) -> _Tokens:
 
 
 def _merged(*parts: _Tokens) -> _Tokens:
-    """Adds up what is known of the same text in the same group; sorted by both."""
+    """Adds up what is known of the same text in the same group; sorted by group."""
     group, text, count, last = (np.concatenate(columns) for columns in zip(*map(_fields, parts), strict=True))
     if not len(group):
         return _Tokens(group, text, count, last)
-    order = np.lexsort((text, group))
-    group, text = group[order], text[order]
-    first = np.flatnonzero(np.concatenate([[True], (group[1:] != group[:-1]) | (text[1:] != text[:-1])]))
+    known = pa.array(text).dictionary_encode()
+    both = group * len(known.dictionary) + known.indices.to_numpy()
+    order = np.argsort(both)
+    group, text, first = group[order], text[order], _changes(both[order])
     return _Tokens(
         group[first], text[first], np.add.reduceat(count[order], first), np.maximum.reduceat(last[order], first)
     )
+
+
+def _order(group: Ints, place: Ints, tie: Ints) -> Ints:
+    """`np.lexsort((tie, place, group))`; by one number where group and place fit into it, which is far quicker."""
+    if not len(group):
+        return np.empty(0, np.int64)
+    low = int(place.min())
+    bits = (int(place.max()) - low).bit_length()
+    if int(group.max()).bit_length() + bits > 63:
+        return np.lexsort((tie, place, group))
+    both = (group << bits) | (place - low)
+    order = np.argsort(both)
+    again = np.diff(both[order]) == 0
+    if again.any():
+        close = np.flatnonzero(np.concatenate([[False], again]) | np.concatenate([again, [False]]))
+        ties = order[close]
+        order[close] = ties[np.lexsort((tie[ties], both[ties]))]
+    return order
 
 
 def _changes(values: Ints) -> Ints:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructue_feast.history import packer
-from instructue_feast.history.packer import REFUSED, ROWS, TEXT, USER, Packer, PackLayout
+from instructue_feast.history.packer import REFUSED, ROWS, TEXT, USER, Packer, PackLayout, _order
 from instructue_feast.history.render import text_id
 
 DAY = 86_400_000_000
@@ -104,3 +105,13 @@ def test_a_user_with_many_events_keeps_few_rows(monkeypatch):
     (packed,) = [row for part in one._users(one._tail) for row in part.to_pylist() if row["kind"] == USER]
     assert packed["num_events"] == [5_000, 0, 0]
     assert packed["count_bucket"] == [11, 11, 11]
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 2**20, 2**62]), st.integers(0, 200))
+def test_rows_are_ordered_by_group_then_place_then_tie_whatever_their_size(seed, width, rows):
+    rng = np.random.default_rng(seed)
+    group, place, tie = rng.integers(0, 5, rows), rng.integers(-width, width, rows), rng.integers(-9, 9, rows)
+    order = _order(group, place, tie)
+    assert sorted(order.tolist()) == list(range(rows))
+    found = list(zip(group[order].tolist(), place[order].tolist(), tie[order].tolist(), strict=True))
+    assert found == sorted(found)
