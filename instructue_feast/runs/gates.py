@@ -82,13 +82,16 @@ class QualityReport:
         return {name: _finite(value) for name, value in values.items()}
 
 
-def judge(store: OutputStore, run_id: str, config: GatesConfig) -> tuple[QualityReport, Sample]:
+def judge(
+    store: OutputStore, run_id: str, config: GatesConfig, *, compare: bool = True
+) -> tuple[QualityReport, Sample]:
     """Compares a finished run with what is published.
 
     Args:
         store: The project's output.
         run_id: The run.
         config: The limits.
+        compare: Leave this out for a run of another time than what is published: it is judged by itself alone.
 
     Returns:
         The report, and the sample of the run it is based on.
@@ -97,7 +100,7 @@ def judge(store: OutputStore, run_id: str, config: GatesConfig) -> tuple[Quality
         ConfigError, RunConflictError: No such finished run.
         StorageError: A file is missing or damaged.
     """
-    manifest, publication = run_manifest(store, run_id), current_publication(store)
+    manifest, publication = run_manifest(store, run_id), current_publication(store) if compare else None
     names = [one.id for one in manifest.instructions]
     sample = sample_run(store, run_id, manifest.buckets, names, config.sample_users)
     base = _base(publication, manifest)
@@ -107,7 +110,8 @@ def judge(store: OutputStore, run_id: str, config: GatesConfig) -> tuple[Quality
     report.gates.extend(_of_rows(store, manifest, base, config))
     report.gates.extend(_of_vectors(manifest, sample, config))
     if publication is None or base is None:
-        report.notes.append("nothing is published yet, so nothing was compared")
+        nothing = "nothing is published yet" if compare else "this run is one of a series of as_ofs"
+        report.notes.append(f"{nothing}, so nothing was compared")
         return report, sample
     for one in manifest.instructions:
         view = next((view for view in publication.current_views if view.instruction == one.id), None)

@@ -10,8 +10,37 @@ from instructue_feast.runs.quality_report import write_quality_report
 from instructue_feast.runs.store import OutputStore
 
 
+def check_quality(
+    store: OutputStore, run_id: str, config: InstructueConfig, *, accept: str | None = None, compare: bool = True
+) -> QualityReport:
+    """Judges a finished run, and writes `runs/<id>/quality/gates.json` and `report.html`.
+
+    Args:
+        store: The project's output.
+        run_id: The run.
+        config: The project, with its `gates`.
+        accept: Why a run that fails its gates is good all the same.
+        compare: See `judge`.
+
+    Raises:
+        QualityError: A gate failed.
+    """
+    report, sample = judge(store, run_id, config.gates, compare=compare)
+    store.write_json(report.to_json(), "runs", run_id, *GATES_FILE)
+    write_quality_report(store, report, sample)
+    if accept is None:
+        require_passed(report)
+    return report
+
+
 def release(
-    store: OutputStore, run_id: str, config: InstructueConfig, *, accept: str | None = None, verified: str | None = None
+    store: OutputStore,
+    run_id: str,
+    config: InstructueConfig,
+    *,
+    accept: str | None = None,
+    verified: str | None = None,
+    compare: bool = True,
 ) -> tuple[Publication, QualityReport]:
     """Judges a finished run, and publishes it if it passes.
 
@@ -23,6 +52,7 @@ def release(
         config: The project, with its `gates`.
         accept: Why a run that fails its gates is published all the same; kept in its ledger.
         verified: See `publish`.
+        compare: See `judge`.
 
     Returns:
         The publication and what the gates found.
@@ -32,11 +62,7 @@ def release(
         InstructueError: See `publish`.
     """
     before = current_publication(store)
-    report, sample = judge(store, run_id, config.gates)
-    store.write_json(report.to_json(), "runs", run_id, *GATES_FILE)
-    write_quality_report(store, report, sample)
-    if accept is None:
-        require_passed(report)
+    report = check_quality(store, run_id, config, accept=accept, compare=compare)
     publication = publish(
         store,
         run_id,

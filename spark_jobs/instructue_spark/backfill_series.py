@@ -16,15 +16,12 @@ from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError
 from instructue_feast.model.factory import load_model
 from instructue_feast.runs.manifest import RunManifest, new_id, parse_as_of, to_json
-from instructue_feast.runs.release import release
+from instructue_feast.runs.release import check_quality, release
 from instructue_feast.runs.store import OutputStore
 from instructue_spark.backfill import BackfillRequest, check_leakage, run_backfill
 from instructue_spark.extract import run_extracts
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session
-
-_ACCEPT = "one of a series of as_ofs: the gates compare it with another time"
-"""A view must hold the past as it was, with fewer users and other habits than today."""
 
 
 def run_backfill_series(
@@ -46,6 +43,8 @@ def run_backfill_series(
     Raises:
         ConfigError: No `as_of`, or more of them than views keep runs (`output.keep_runs`).
         LeakageError: The model was trained on events at or after the earliest `as_of`; nothing was computed.
+        QualityError: A run fails a gate that judges it by itself; none of the runs is published. They are not compared
+            with what is: a view must hold the past as it was, with fewer users and other habits than today.
         InstructueError: As in `run_extracts` and `run_backfill`. Finished runs stay, unpublished;
             one that has begun can be resumed.
     """
@@ -76,8 +75,9 @@ def run_backfill_series(
     if request.publish:
         with reporter.stage("publish") as stage:
             stage.rows_in = stage.rows_out = sum(one.users for one in manifests)
-            for manifest in manifests:
-                release(store, manifest.run_id, config, accept=request.accept or _ACCEPT)
+            for step in (check_quality, release):  # all are judged before the first is published
+                for manifest in manifests:
+                    step(store, manifest.run_id, config, accept=request.accept, compare=False)
     return manifests
 
 

@@ -13,12 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from instructue_feast.errors import ConfigError, DataError, LeakageError
+from instructue_feast.errors import ConfigError, DataError, LeakageError, QualityError
 from instructue_feast.feature_store.materialize import apply_repo
 from instructue_feast.feature_store.session import open_store
 from instructue_feast.model.factory import load_model
 from instructue_feast.runs.publish import current_publication
-from instructue_feast.runs.reader import read_run
+from instructue_feast.runs.reader import finished_runs, read_run
 from instructue_feast.runs.store import OutputStore
 from instructue_spark import sources
 from instructue_spark.backfill import BackfillRequest, run_backfill
@@ -140,6 +140,24 @@ def test_a_model_that_saw_the_first_as_of_is_refused_before_anything_is_computed
     assert not (tmp_path / "output").exists()
     allowed = dataclasses.replace(request, allow_leakage=True, publish=False)
     assert len(run_backfill_series(spark, allowed, as_ofs, SILENT)) == 2
+
+
+def test_a_series_with_a_run_that_fails_a_gate_publishes_none_of_its_runs(spark, shop, tmp_path):
+    config = load(shop)
+    output = dataclasses.replace(config.output, path=str(tmp_path / "output"))
+    # Before the shop opened there is nobody but the roster.
+    as_ofs = [SHOP_AS_OF, SHOP_AS_OF - dt.timedelta(days=3_000)]
+    gates = dataclasses.replace(config.gates, max_empty_share=0.9)
+    request = BackfillRequest(config=dataclasses.replace(config, output=output, gates=gates))
+    with pytest.raises(QualityError, match=r"empty_share is 1, at most 0\.9"):
+        run_backfill_series(spark, request, as_ofs, SILENT)
+    store = OutputStore(output.path)
+    assert len(finished_runs(store)) == 2
+    assert current_publication(store) is None
+    run_backfill_series(spark, dataclasses.replace(request, accept="as it was"), as_ofs, SILENT)
+    publication = current_publication(store)
+    assert publication is not None
+    assert [len(one.runs) for one in publication.views] == [2] * len(publication.views)
 
 
 def test_more_as_ofs_than_a_view_keeps_are_refused(spark, shop):
