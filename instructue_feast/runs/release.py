@@ -33,26 +33,52 @@ def check_quality(
     return report
 
 
-def release(
+def publish_judged(
     store: OutputStore,
-    run_id: str,
+    report: QualityReport,
     config: InstructueConfig,
     *,
+    before: Publication | None,
     accept: str | None = None,
     verified: str | None = None,
-    compare: bool = True,
+) -> Publication:
+    """Publishes the run of a report of `check_quality`, notes it in the ledger, and prunes old publications.
+
+    Args:
+        store: The project's output.
+        report: What the gates found.
+        config: The project.
+        before: What is published now; if something else is by then, nothing happens.
+        accept: Why a run that failed is published all the same; kept in its ledger.
+        verified: See `publish`.
+
+    Raises:
+        InstructueError: See `publish`.
+    """
+    publication = publish(
+        store,
+        report.run_id,
+        keep_runs=config.output.keep_runs,
+        expected=before.id if before else None,
+        verified=verified,
+    )
+    note = f"gates accepted: {accept}" if report.failed else ""
+    note_published(store, report.run_id, before.run_id if before else None, note)
+    prune_publications(store, keep=config.output.keep_publications)
+    return publication
+
+
+def release(
+    store: OutputStore, run_id: str, config: InstructueConfig, *, accept: str | None = None, verified: str | None = None
 ) -> tuple[Publication, QualityReport]:
     """Judges a finished run, and publishes it if it passes.
-
-    Writes `runs/<id>/quality/gates.json` and `report.html` either way.
 
     Args:
         store: The project's output.
         run_id: The run.
         config: The project, with its `gates`.
-        accept: Why a run that fails its gates is published all the same; kept in its ledger.
+        accept: Why a run that fails its gates is published all the same.
         verified: See `publish`.
-        compare: See `judge`.
 
     Returns:
         The publication and what the gates found.
@@ -62,15 +88,5 @@ def release(
         InstructueError: See `publish`.
     """
     before = current_publication(store)
-    report = check_quality(store, run_id, config, accept=accept, compare=compare)
-    publication = publish(
-        store,
-        run_id,
-        keep_runs=config.output.keep_runs,
-        expected=before.id if before else None,
-        verified=verified,
-    )
-    note = f"gates accepted: {accept}" if report.failed else ""
-    note_published(store, run_id, before.run_id if before else None, note)
-    prune_publications(store, keep=config.output.keep_publications)
-    return publication, report
+    report = check_quality(store, run_id, config, accept=accept)
+    return publish_judged(store, report, config, before=before, accept=accept, verified=verified), report

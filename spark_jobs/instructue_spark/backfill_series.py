@@ -16,7 +16,8 @@ from instructue_feast.config import load_config
 from instructue_feast.errors import ConfigError
 from instructue_feast.model.factory import load_model
 from instructue_feast.runs.manifest import RunManifest, new_id, parse_as_of, to_json
-from instructue_feast.runs.release import check_quality, release
+from instructue_feast.runs.publish import current_publication
+from instructue_feast.runs.release import check_quality, publish_judged
 from instructue_feast.runs.store import OutputStore
 from instructue_spark.backfill import BackfillRequest, check_leakage, run_backfill
 from instructue_spark.extract import run_extracts
@@ -75,9 +76,12 @@ def run_backfill_series(
     if request.publish:
         with reporter.stage("publish") as stage:
             stage.rows_in = stage.rows_out = sum(one.users for one in manifests)
-            for step in (check_quality, release):  # all are judged before the first is published
-                for manifest in manifests:
-                    step(store, manifest.run_id, config, accept=request.accept, compare=False)
+            reports = [
+                check_quality(store, one.run_id, config, accept=request.accept, compare=False) for one in manifests
+            ]  # all of them, before the first is published
+            for report in reports:
+                before = current_publication(store)
+                publish_judged(store, report, config, before=before, accept=request.accept)
     return manifests
 
 

@@ -170,12 +170,16 @@ def test_wrong_questions_are_refused_without_naming_users(crowd):
         search.target(" ", "churn")
 
 
-def test_a_search_at_work_forgets_erased_users_and_follows_publications(tmp_path):
+def searchable(tmp_path):
     repo = tmp_path / "repo"
     store = write_feast_repo(repo, instructions=["churn"])
     publish(store, write_fake_run(store, users=60, instructions=["churn"]))
     build_indexes(repo)
-    search = UserSearch(repo)
+    return repo, store, UserSearch(repo)
+
+
+def test_a_search_at_work_forgets_erased_users_and_follows_publications(tmp_path):
+    repo, store, search = searchable(tmp_path)
     nearest = search.similar("user-0001", "churn", k=5).ids
     assert search.similar("user-0001", "churn", k=5, exact=False).ids == nearest
     apply_repo(repo)
@@ -195,11 +199,7 @@ def test_a_search_at_work_forgets_erased_users_and_follows_publications(tmp_path
 
 
 def test_users_are_forgotten_as_soon_as_the_tombstone_is_there_before_any_file_is_replaced(tmp_path):
-    repo = tmp_path / "repo"
-    store = write_feast_repo(repo, instructions=["churn"])
-    publish(store, write_fake_run(store, users=60, instructions=["churn"]))
-    build_indexes(repo)
-    search = UserSearch(repo)
+    _, store, search = searchable(tmp_path)
     nearest = search.similar("user-0001", "churn", k=5).ids
     Tombstones(store).add(nearest[:2])
     search._check_at = 0.0
