@@ -149,7 +149,8 @@ def timed(spark: object, config: object, extract: str, run: str, *, incremental:
         config=config, as_of=parse_as_of(AS_OF), extract_id=extract, run_id=run, incremental=incremental, publish=False
     )
     clock = time.process_time if spark is None else time.perf_counter
-    embed._worker_embedder.cache_clear()  # every backfill loads its model
+    embed._worker_embedder.cache_clear()
+    embed._loaded.key = None  # every backfill loads its model
     started = clock()
     Backfill(spark, request, Reporter(stream=stream)).run()
     seconds = {"total": clock() - started}

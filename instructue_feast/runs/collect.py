@@ -17,7 +17,13 @@ from instructue_feast.errors import ConfigError, RunConflictError
 from instructue_feast.runs.ledger import RunState, read_ledger
 from instructue_feast.runs.overview import RunStatus, run_status
 from instructue_feast.runs.ownership import is_live, owner_of, take
-from instructue_feast.runs.publish import Publication, current_publication, outdated_publications, stored_publications
+from instructue_feast.runs.publish import (
+    Publication,
+    current_publication,
+    outdated_publications,
+    remove_publications,
+    stored_publications,
+)
 from instructue_feast.runs.reader import run_manifest
 from instructue_feast.runs.store import OutputStore
 
@@ -128,8 +134,12 @@ def remove_garbage(store: OutputStore, garbage: list[Garbage], options: CollectO
                 lease.release()
                 continue
             store.remove_file(*one.folder, "manifest.json")
-            lease.release()
-        store.remove(*one.folder)
+            lease.remove()
+        elif one.kind == "publication":
+            if not remove_publications(store, options.keep_publications, one.folder[1]):
+                continue
+        else:
+            store.remove(*one.folder)
         removed.append(one)
     return removed
 

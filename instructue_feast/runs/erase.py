@@ -34,6 +34,8 @@ INDEXES = "indexes"
 """Folder of search indexes; one that knows an erased user is dropped whole, to be built again."""
 
 _SCRATCH = ".erasing"
+_PARTS = ("carried", "empty")
+"""Counts of a bucket's users; nobody knows whether one who is gone was among them, so they become upper bounds."""
 _AREAS = ("extracts", "runs", "published", "user_qa", INDEXES)
 
 
@@ -263,6 +265,7 @@ def _mend_runs(store: OutputStore) -> None:
                 with store.fs.open(path, "rb") as stream:
                     table = pq.ParquetFile(stream).read()
                 marker |= {"rows": table.num_rows, "digest": bucket_digest(table)}
+                marker |= {name: min(marker.get(name, 0), table.num_rows) for name in _PARTS}
                 store.write_json(marker, "runs", name, folder, "marker.json")
             markers[marker["bucket"]] = marker
         if not store.exists("runs", name, "manifest.json"):
@@ -272,13 +275,14 @@ def _mend_runs(store: OutputStore) -> None:
         changed = [one for one in named if one in markers and markers[one]["digest"] != named[one]["digest"]]
         if changed:
             buckets = [
-                {**one, "rows": markers[one["bucket"]]["rows"], "digest": markers[one["bucket"]]["digest"]}
+                one | {name: markers[one["bucket"]].get(name, 0) for name in ("rows", "digest", *_PARTS)}
                 if one["bucket"] in markers
                 else one
                 for one in document["buckets"]
             ]
             users, digest = sum(one["rows"] for one in buckets), combine_digests(one["digest"] for one in buckets)
             document |= {"buckets": buckets, "users": users, "digest": digest}
+            document |= {name: sum(one.get(name, 0) for one in buckets) for name in _PARTS}
             store.write_json(document, "runs", name, "manifest.json")
 
 

@@ -121,8 +121,9 @@ class BucketMarker:
 class RunManifest:
     """A finished run.
 
-    `model_loads` counts how often a worker loaded the model, once per Python worker at best. Of the users, `carried`
-    have the vectors of `base_run`, because nothing about them had changed, and `empty` have no history at all.
+    `model_loads` counts how often a worker loaded the model: once per Python worker at most, and not at all when it has
+    it from the run before. Of the users, `carried` have the vectors of `base_run`, because nothing about them had
+    changed, and `empty` have no history at all; once a user was erased, both are upper bounds.
     """
 
     run_id: str

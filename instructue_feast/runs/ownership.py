@@ -15,9 +15,10 @@ import fcntl
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from instructue_feast.errors import InstructueError, RunConflictError, StorageError
 from instructue_feast.runs.store import OutputStore
 
+_DOCUMENTS = {"owner.json", "heartbeat.json", "owner.lock"}
 HEARTBEAT_SECONDS = 10.0
 STALE_AFTER_SECONDS = 120.0
 
@@ -85,14 +87,43 @@ class Lease:
                 f"{self._store.url(*self._folder)} was taken over by another process", "leave it to that one"
             )
 
+    def revoke(self) -> None:
+        """Makes workers still at it refuse to write, while the folder stays this process's own."""
+        with suppress(InstructueError, OSError), _lock(self._store, self._folder):
+            if still_owned(self._store, self.token, *self._folder):
+                now = datetime.now(UTC).isoformat()
+                self.owner = dataclasses.replace(self.owner, token=uuid.uuid4().hex, started=now)
+                self._store.write_json(dataclasses.asdict(self.owner), *self._folder, "owner.json")
+
+    def remove(self) -> None:
+        """Removes the folder, unless somebody has taken it over; nobody can take it before all else in it is gone.
+
+        Tasks that are being killed may bring something back once or twice, so it is looked at again.
+        """
+        for _ in range(10):
+            if not still_owned(self._store, self.token, *self._folder):
+                break
+            for name in set(self._store.names(*self._folder)) - _DOCUMENTS:
+                self._store.remove(*self._folder, name)
+            time.sleep(0.2)
+            if set(self._store.names(*self._folder)) <= _DOCUMENTS:
+                break
+        self._end(with_folder=True)
+
     def release(self) -> None:
         """Gives the folder up, unless somebody has taken it over; workers still at it then refuse to write."""
+        self._end(with_folder=False)
+
+    def _end(self, *, with_folder: bool) -> None:
         self._done.set()
         self._thread.join()
         with suppress(InstructueError, OSError), _lock(self._store, self._folder):
             if still_owned(self._store, self.token, *self._folder):
                 self._store.remove_file(*self._folder, "owner.json")
                 self._store.remove_file(*self._folder, "heartbeat.json")
+                if with_folder and self._store.is_local:  # who waits for this lock begins anew, see `_lock`
+                    Path(self._store.path(*self._folder, "owner.lock")).unlink()
+                    Path(self._store.path(*self._folder)).rmdir()
 
     def _beat(self) -> None:
         beat = {"token": self.token, "at": datetime.now(UTC).isoformat()}
@@ -123,7 +154,7 @@ def take(store: OutputStore, *folder: str) -> Lease:
         store.fs.makedirs(store.path(*folder), exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {store.url(*folder)}: {error.strerror}", "mend the rights") from None
-    with _lock(store, folder):
+    with _lock(store, folder, make=True):
         previous = owner_of(store, *folder)
         if previous is not None and is_live(store, previous, *folder):
             raise RunConflictError(
@@ -204,11 +235,27 @@ def _born(pid: int) -> str:
 
 
 @contextmanager
-def _lock(store: OutputStore, folder: tuple[str, ...]) -> Iterator[None]:
-    """Serialises the takers of a folder; on object stores there is no lock."""
+def _lock(store: OutputStore, folder: tuple[str, ...], *, make: bool = False) -> Iterator[None]:
+    """Serialises the takers of a folder; on object stores there is no lock.
+
+    Args:
+        store: The output.
+        folder: Parts of the folder's path.
+        make: Whether to make the folder when its owner removes it just now.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
     if not store.is_local:
         yield
         return
-    with Path(store.path(*folder, "owner.lock")).open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    path = Path(store.path(*folder, "owner.lock"))
+    while True:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError) if make else nullcontext(), path.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):  # the folder was removed while this waited for its lock
+                if path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+                    yield
+                    return

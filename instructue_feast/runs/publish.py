@@ -222,9 +222,15 @@ def prune_publications(store: OutputStore, keep: int = 3) -> list[str]:
     """
     if keep < 1:
         raise ConfigError(f"cannot keep {keep} publications", "keep at least one")
-    removed = outdated_publications(store, keep)
-    for name in removed:
-        store.remove("published", name)
+    return remove_publications(store, keep)
+
+
+def remove_publications(store: OutputStore, keep: int, only: str | None = None) -> list[str]:
+    """Removes outdated publications, or one of them, unless somebody rolls back to it just now; returns their ids."""
+    with pointer_lock(store):
+        removed = [name for name in outdated_publications(store, keep) if only in (None, name)]
+        for name in removed:
+            store.remove("published", name)
     return removed
 
 
@@ -412,6 +418,8 @@ def move_pointer(store: OutputStore, before: Publication | None, document: dict[
         latest = current_publication(store)
         if (latest and latest.id) != (before and before.id):
             raise _conflict(latest, "another publisher was faster")
+        if not store.exists("published", document["id"], "publication.json"):
+            raise _conflict(latest, f"publication {document['id']} was removed meanwhile")
         store.write_json(document, POINTER)
 
 

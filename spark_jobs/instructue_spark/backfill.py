@@ -64,7 +64,7 @@ from instructue_feast.runs.release import release
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
 from instructue_spark.carry import BaseRun
-from instructue_spark.claim import remove_for_good, stop_jobs
+from instructue_spark.claim import stop_jobs
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter, run_main
@@ -144,12 +144,24 @@ def run_backfill(
 
 
 class Backfill:
-    """One process at work on a run; see `run_backfill`. `work` says afterwards what it did."""
+    """One process at work on a run; see `run_backfill`. `work` says afterwards what it did.
+
+    Args:
+        spark: The session, or what starts it.
+        request: What to backfill.
+        reporter: Gets the stages.
+        model: The config's model where it is loaded already; several runs can share it.
+    """
 
     def __init__(
-        self, spark: SparkSession | Callable[[], SparkSession], request: BackfillRequest, reporter: Reporter
+        self,
+        spark: SparkSession | Callable[[], SparkSession],
+        request: BackfillRequest,
+        reporter: Reporter,
+        model: InstructUEModel | None = None,
     ) -> None:
         self.request, self.config, self.reporter = request, request.config, reporter
+        self._model = model
         self.store = OutputStore(request.config.output.path)
         self.work = Work()
         self._spark, self._session = spark, spark if isinstance(spark, SparkSession) else None
@@ -209,6 +221,13 @@ class Backfill:
         self._session.sparkContext.addJobTag(self._tag)
         return self._session
 
+    @property
+    def model(self) -> InstructUEModel:
+        """The config's model, loaded when it is first needed."""
+        if self._model is None:
+            self._model = load_model(self.config)
+        return self._model
+
     def _owned(
         self, run_id: str, created: datetime, instructions: tuple[Instruction, ...], lease: Lease
     ) -> RunManifest:
@@ -251,7 +270,7 @@ class Backfill:
             return ledger
         request = self.request
         assert request.as_of is not None
-        model = load_model(self.config)  # first, because a wrong model folder should fail before an hour of extraction
+        model = self.model  # first, because a wrong model folder should fail before an hour of extraction
         check_leakage(model.config.trained_through, request)
         soft_prompts_of(self.config, instructions, model)
         if request.extract_id is not None:
@@ -396,7 +415,7 @@ class Backfill:
         store, run_id = self.store, ledger.run_id
         if store.exists("runs", run_id, PREPARED):
             return
-        model = load_model(self.config)
+        model = self.model
         if model_version(model, self.config) != ledger.plan.model_version:
             raise VersionMismatchError(
                 f"run {run_id} was planned with another model", "go back to that model, or start another run"
@@ -430,6 +449,7 @@ class Backfill:
             embedding_dim=ledger.plan.embedding_dim,
             dtype=self.config.model.dtype,
             max_batch_tokens=self.config.model.max_batch_tokens,
+            model_version=ledger.plan.model_version,
             owner=lease.token,
             base=base,
         )
@@ -437,35 +457,44 @@ class Backfill:
 
     def _give_up(self, run_id: str, lease: Lease, error: BaseException) -> None:
         """Leaves a run that can be resumed, or nothing; never touches what somebody else has taken over."""
-        store = self.store
         try:
             lease.check()
         except InstructueError:
             lease.release()  # where it is still ours
             return
-        lease.release()  # workers still at it now refuse to write
+        lease.revoke()  # workers still at it now refuse to write
         if self._session is not None:
             stop_jobs(self._session, self._tag)
             if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
                 self._session.sparkContext.removeJobTag(self._tag)
+        try:
+            if self._worth_keeping(run_id, error):
+                return
+            lease.remove()
+        finally:
+            lease.release()
+
+    def _worth_keeping(self, run_id: str, error: BaseException) -> bool:
+        """Whether a run that has failed stays; notes the failure in its ledger, and removes an extract nobody needs."""
+        store = self.store
         if store.exists("runs", run_id, "manifest.json"):
-            return  # finished; only its publication failed
+            return True  # finished; only its publication failed
         if self._found and not self._begun:
-            return  # somebody's unfinished run, which this request does not fit: it stays as it is
+            return True  # somebody's unfinished run, which this request does not fit: it stays as it is
         try:
             ledger = read_ledger(store, run_id)
         except InstructueError:
-            return  # nobody knows what there is to lose
+            return True  # nobody knows what there is to lose
         mendable = isinstance(error, StorageError) or not isinstance(error, InstructueError)
         if ledger is not None and (mendable or ledger.attempts > 1):
             with suppress(InstructueError):  # on a full disk it stays `running`, which resumes as well
                 write_ledger(store, ledger.with_state(RunState.FAILED, type(error).__name__))
-            return
+            return True
         if ledger is not None and ledger.extract_id is not None and self.work.extract_reused is False:
             made = extract_manifest(store, ledger.extract_id)
             if made is not None:
                 store.remove("extracts", ledger.extract_id)
-        remove_for_good(store, "runs", run_id)
+        return False
 
 
 def _used(

@@ -19,7 +19,7 @@ from instructue_feast.runs.manifest import RunManifest, new_id, parse_as_of, to_
 from instructue_feast.runs.publish import current_publication
 from instructue_feast.runs.release import check_quality, publish_judged
 from instructue_feast.runs.store import OutputStore
-from instructue_spark.backfill import BackfillRequest, check_leakage, run_backfill
+from instructue_spark.backfill import Backfill, BackfillRequest, check_leakage
 from instructue_spark.extract import run_extracts
 from instructue_spark.report import Reporter, run_main
 from instructue_spark.session import get_session
@@ -58,7 +58,8 @@ def run_backfill_series(
             f"{len(moments)} as_ofs, but a view keeps {config.output.keep_runs} runs", "raise `output.keep_runs`"
         )
     config.registry().select(request.instructions)
-    check_leakage(load_model(config).config.trained_through, dataclasses.replace(request, as_of=moments[0]))
+    model = load_model(config)
+    check_leakage(model.config.trained_through, dataclasses.replace(request, as_of=moments[0]))
     stamp = datetime.now(UTC).isoformat()
     run_ids = [new_id(one, config.history_digest(), stamp) for one in moments]
     store = OutputStore(config.output.path)
@@ -67,7 +68,7 @@ def run_backfill_series(
     try:
         for as_of, run_id in zip(moments, run_ids, strict=True):
             one = dataclasses.replace(request, as_of=as_of, run_id=run_id, extract_id=run_id, publish=False)
-            manifests.append(run_backfill(spark, one, reporter))
+            manifests.append(Backfill(spark, one, reporter, model).run())
     except BaseException:
         for run_id in run_ids[len(manifests) :]:
             if not store.exists("runs", run_id):  # a run that has begun is resumed from its extract

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,10 +44,12 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[L
     try:
         yield lease
     except BaseException as error:
-        lease.release()  # workers still at it now refuse to write
-        if not store.exists(*folder, "manifest.json"):
+        lease.revoke()  # workers still at it now refuse to write
+        if store.exists(*folder, "manifest.json"):
+            lease.release()
+        else:
             stop_jobs(spark, tag)
-            remove_for_good(store, *folder)
+            lease.remove()
         if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
             spark.sparkContext.removeJobTag(tag)
         raise
@@ -64,12 +65,3 @@ def stop_jobs(spark: SparkSession, tag: str) -> None:
     stopper = threading.Thread(target=spark.sparkContext.cancelJobsWithTag, args=(tag,), daemon=True)
     stopper.start()
     stopper.join(timeout=10)
-
-
-def remove_for_good(store: OutputStore, *folder: str) -> None:
-    """Removes a folder that tasks which are being killed may bring back once or twice."""
-    for _ in range(10):
-        store.remove(*folder)
-        time.sleep(0.2)
-        if not store.exists(*folder):
-            return

@@ -207,7 +207,7 @@ def _complete_vector_folders(store: OutputStore, version: str) -> list[tuple[str
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a worker must know to embed a bucket. Small, picklable, and the key of the worker's model cache.
+    """What a worker must know to embed a bucket. Small, picklable, and the key of the worker's cache.
 
     `owner` is the token of the process that owns the run; `base` is the run whose unchanged users are carried over.
     """
@@ -222,6 +222,7 @@ class RunPlan:
     embedding_dim: int
     dtype: str
     max_batch_tokens: int | None
+    model_version: str
     owner: str
     base: BaseRun | None = None
 
@@ -286,16 +287,37 @@ def _aligned_vectors(store: OutputStore, version: str, wanted: pa.Array) -> np.n
     return np.ascontiguousarray(matrix[position.to_numpy()], dtype=np.float32)
 
 
+@dataclass(slots=True)
+class _Loaded:
+    """The model a Python worker has loaded last; the runs of a series share it. `loads` counts."""
+
+    key: tuple[str, str, str] | None = None
+    model: InstructUEModel | None = None
+    loads: int = 0
+
+
+_loaded = _Loaded()
+
+
+def _model_loads() -> int:
+    """How often this process has loaded a model; a function, as what Spark ships to a worker holds copies of values."""
+    return _loaded.loads
+
+
 @lru_cache(maxsize=1)
 def _worker_embedder(plan: RunPlan, device: str) -> UserEmbedder:
-    """Loads model and soft-token table of a run once per Python worker and device."""
-    from instructue_feast.inference.from_run import open_embedder
+    """Opens the soft-token table of a run, and loads its model, once per Python worker and device."""
+    from instructue_feast.inference.from_run import open_embedder, open_model
 
     _limit_threads()
-    store = OutputStore(plan.root)
-    embedder = open_embedder(store, plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens)
-    embedder.model.to(device)
-    return embedder
+    store, key = OutputStore(plan.root), (plan.model_version, plan.dtype, device)
+    if _loaded.key != key:
+        _loaded.key = _loaded.model = None  # frees the other one first
+        _loaded.model = open_model(store, plan.run_id, dtype=plan.dtype).to(device)
+        _loaded.key, _loaded.loads = key, _loaded.loads + 1
+    return open_embedder(
+        store, plan.run_id, dtype=plan.dtype, max_batch_tokens=plan.max_batch_tokens, model=_loaded.model
+    )
 
 
 def _embed_buckets(
@@ -304,9 +326,9 @@ def _embed_buckets(
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for position in batch.column("id").to_pylist():
-                before = _worker_embedder.cache_info().misses
+                before = _model_loads()
                 marker = dataclasses.asdict(_embed_bucket(plan, buckets[int(position)]))
-                marker["loads"] = _worker_embedder.cache_info().misses - before
+                marker["loads"] = _model_loads() - before
                 yield from emit(pa.Table.from_pylist([marker]), _MARKER_ROW)
 
     return run

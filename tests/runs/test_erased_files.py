@@ -8,12 +8,14 @@ import pyarrow.dataset as ds
 import pytest
 
 from instructue_feast.runs.erase import erase_files, find_in_files, matching
+from instructue_feast.runs.manifest import parse_as_of
 from instructue_feast.runs.publish import publish
-from instructue_feast.runs.reader import read_run
+from instructue_feast.runs.reader import read_run, run_manifest
 from instructue_feast.runs.rollback import rollback
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.tombstones import Tombstones
-from tests.fake_runs import write_fake_run
+from instructue_feast.runs.writer import finish_run, finished_buckets, write_bucket
+from tests.fake_runs import bucket_table, fake_manifest, write_fake_run
 from tests.runs.test_rollback import DAYS, write_histories
 
 USERS = ["anna", "otto"]
@@ -63,3 +65,16 @@ def test_what_a_killed_worker_left_in_a_finished_run_holds_nobody_afterwards(tmp
     erase_files(store, matching(["anna"]))
     assert not left.exists()
     assert read_run(store, run).column("user_id").to_pylist() == ["otto"]
+
+
+def test_counts_of_who_was_carried_or_empty_never_exceed_who_is_left(tmp_path):
+    store = OutputStore(str(tmp_path))
+    as_of = parse_as_of(DAYS[0])
+    write_bucket(store, "run", 0, bucket_table(USERS, as_of), tokens=1, seconds=0, carried=2, empty=2)
+    write_bucket(store, "run", 1, bucket_table(["eve", "ida"], as_of), tokens=1, seconds=0, carried=1)
+    finish_run(store, fake_manifest(store, "run", DAYS[0], carried=3, empty=2))
+    erase_files(store, matching(["anna"]))
+    manifest = run_manifest(store, "run")
+    assert [(one.rows, one.carried, one.empty) for one in manifest.buckets] == [(1, 1, 1), (2, 1, 0)]
+    assert (manifest.users, manifest.carried, manifest.empty) == (3, 2, 1)
+    assert manifest.buckets == finished_buckets(store, "run")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -106,6 +108,64 @@ def test_who_was_taken_over_notices_and_does_not_release_the_other_one(store):
         first.check()
     first.release()
     assert owner_of(store, *FOLDER) == second
+
+
+def test_workers_of_a_revoked_lease_may_not_write_and_nobody_else_gets_the_folder(store):
+    lease = take(store, *FOLDER)
+    token = lease.token
+    lease.revoke()
+    assert not still_owned(store, token, *FOLDER)
+    lease.check()
+    with pytest.raises(RunConflictError, match="belongs to another process"):
+        take(store, *FOLDER)
+
+
+def test_nobody_gets_a_folder_that_is_being_removed(store, monkeypatch):
+    lease = take(store, *FOLDER)
+    store.write_json({}, *FOLDER, "bucket=00000", "marker.json")
+    refused = []
+    remove = store.remove
+
+    def removing(*parts: str) -> None:
+        with pytest.raises(RunConflictError):
+            take(store, *FOLDER)
+        refused.append(parts)
+        remove(*parts)
+
+    monkeypatch.setattr(store, "remove", removing)
+    lease.remove()
+    assert refused == [(*FOLDER, "bucket=00000")]
+    assert store.names(*FOLDER) == []
+    assert not (store.is_local and store.exists(*FOLDER))
+    take(store, *FOLDER).check()
+
+
+def test_who_was_taken_over_does_not_remove_what_is_another_ones(store):
+    lease = take(store, *FOLDER)
+    store.write_json({}, *FOLDER, "ledger.json")
+    other = owned_by(store)
+    lease.remove()
+    assert store.exists(*FOLDER, "ledger.json")
+    assert owner_of(store, *FOLDER) == other
+
+
+def test_who_waits_for_a_folder_that_is_removed_gets_a_new_one(tmp_path):
+    store = OutputStore(str(tmp_path))
+    first = take(store, *FOLDER)
+    taken, waiting = [], threading.Event()
+
+    def wait() -> None:
+        waiting.set()
+        while not taken:
+            with suppress(RunConflictError):
+                taken.append(take(store, *FOLDER))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    waiting.wait()
+    first.remove()
+    thread.join(10)
+    taken[0].check()
 
 
 def test_an_owner_that_died_while_it_wrote_its_name_is_dead(tmp_path):

@@ -1,5 +1,6 @@
 """Publishing moves one pointer, or nothing at all."""
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from instructue_feast.errors import (
 )
 from instructue_feast.runs import publish as publishing
 from instructue_feast.runs.manifest import RunInstruction, parse_as_of
-from instructue_feast.runs.publish import current_publication, prune_publications, publish
+from instructue_feast.runs.publish import current_publication, pointer_lock, prune_publications, publish
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run, write_bucket
 from tests.fake_runs import bucket_table, fake_manifest, user_names, write_fake_run
@@ -378,6 +379,21 @@ def test_pruning_keeps_the_newest_publications_and_every_run(store):
     assert store.names("runs") == runs
     with pytest.raises(ConfigError, match="keep at least one"):
         prune_publications(store, keep=0)
+
+
+def test_the_pointer_never_comes_to_name_a_publication_that_is_being_pruned(store):
+    first = publish(store, write_fake_run(store, OCTOBER))
+    second = publish(store, write_fake_run(store, NOVEMBER))
+    with pointer_lock(store):
+        pruning = threading.Thread(target=prune_publications, args=(store, 1))
+        pruning.start()
+        pruning.join(0.1)
+        assert store.names("published") == [first.id, second.id]  # whoever moves the pointer now comes first
+    pruning.join()
+    assert store.names("published") == [second.id]
+    with pytest.raises(PublishConflictError, match="removed meanwhile"):
+        publishing.move_pointer(store, second, dataclasses.asdict(first))
+    assert current_publication(store) == second
 
 
 def test_a_pointer_of_another_release_is_told_apart_from_a_damaged_one(store):

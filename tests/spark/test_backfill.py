@@ -218,7 +218,7 @@ def test_an_extract_of_other_settings_is_refused(spark, done):
 def test_the_model_is_loaded_once_per_python_worker(done):
     _, run = done
     assert len(run.buckets) == 4
-    assert 1 <= run.model_loads <= 2  # local[2] has two workers
+    assert run.model_loads <= 2  # local[2] has two workers, which may have it from an earlier run
 
 
 def test_events_at_or_after_as_of_change_no_embedding(spark, project, done):

@@ -102,6 +102,7 @@ def test_historical_retrieval_finds_the_newest_as_of_before_each_row(spark, shop
     as_ofs = [SHOP_AS_OF - dt.timedelta(days=14 * step) for step in range(3)]
     runs = run_backfill_series(spark, BackfillRequest(config=config), as_ofs, SILENT)
     assert [run.as_of for run in runs] == [one.isoformat() for one in sorted(as_ofs)]
+    assert sum(run.model_loads for run in runs) <= 2  # by each worker once, not once for each run
     store = OutputStore(config.output.path)
     alone = run_backfill(spark, BackfillRequest(config=config, as_of=as_ofs[1], publish=False), SILENT)
     assert alone.digest == runs[1].digest
