@@ -77,6 +77,7 @@ ROWS = pa.schema(
     ]
 )
 """What a packer takes. `event_id` is of a snapshot the hash of its row, `text` of a snapshot JSON (`SNAPSHOT`).
+The text of an event may be longer than a text may be, and need not be UTF-8.
 
 A refused row has `-1 - (status << SLOT_BITS | slot)` as `when`, its time in `event_id` and its JSON in `text`.
 """
@@ -105,6 +106,7 @@ class PackLayout:
         as_of_us: M points in time, in microseconds.
         start_us: `[M][S]` where the window of each source begins.
         buckets: Buckets of users.
+        max_text_chars: Code points an event's text is cut to.
     """
 
     names: tuple[str, ...]
@@ -115,6 +117,7 @@ class PackLayout:
     as_of_us: tuple[int, ...]
     start_us: tuple[tuple[int, ...], ...]
     buckets: int
+    max_text_chars: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,7 @@ class Packer:
         encoded = texts.combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
-        words = encoded.dictionary.to_pylist()
+        words = self._cut(encoded.dictionary)
         valid = np.asarray(encoded.indices.is_valid())
         pair = np.asarray(encoded.indices.fill_null(0)).astype(np.int64) * self._slots + slot
         ids = np.zeros(max(1, len(words)) * self._slots, np.int64)
@@ -251,6 +254,11 @@ class Packer:
         columns = [list(column) for column in zip(*new, strict=True)]
         texts_of = dict(zip(("src", "id", "text"), columns[1:], strict=True))
         return ids[pair], _packed_rows(TEXT, columns[0], len(new), **texts_of)
+
+    def _cut(self, texts: pa.StringArray) -> list[str]:
+        """Distinct texts as strings; Spark neither cuts nor mends a whole text, because it has every copy of it."""
+        most = self._layout.max_text_chars
+        return [one.decode("utf-8", "replace")[:most] for one in texts.cast(pa.binary()).to_pylist()]
 
     # -------------------------------------------------------------------------------------------- rows that count
 

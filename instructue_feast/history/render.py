@@ -1,8 +1,8 @@
 """Event texts: the one place where a raw value becomes text that a model reads.
 
-Rendering happens in two steps. Spark concatenates the template natively and cuts the result to `max_text_chars` code
-points; then `normalise` runs once per *distinct* text. The identity of a text, `text_id`, is a hash of what `normalise`
-returns.
+Rendering happens in two steps. Spark concatenates the template natively; then each *distinct* text is cut to
+`max_text_chars` code points and goes through `normalise`, once. The identity of a text, `text_id`, is a hash of what
+`normalise` returns.
 """
 
 from __future__ import annotations

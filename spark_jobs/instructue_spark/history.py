@@ -62,6 +62,8 @@ def write(rows: DataFrame, config: InstructueConfig, windows: Windows, files: Ex
     """
     session = rows.sparkSession
     texts = int(session.conf.get("spark.sql.shuffle.partitions") or 200)
+    # Batches are bounded by rows. A bound in bytes, the default, makes Spark add up all buffers after every single row.
+    session.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", str(2**31 - 1))
     packed = _placed(rows, config).mapInArrow(
         _packing(_layout(config, windows), text_id, files), spark_schema(TASK_ROWS)
     )
@@ -157,4 +159,5 @@ def _layout(config: InstructueConfig, windows: Windows) -> PackLayout:
         as_of_us=windows.as_of_us,
         start_us=windows.start_us,
         buckets=config.output.buckets,
+        max_text_chars=config.history.max_text_chars,
     )

@@ -28,14 +28,15 @@ def column(name: str) -> Column:
 
 
 def template_column(template: str, types: Mapping[str, DataType], max_chars: int, where: str) -> Column:
-    """Compiles a template to one string expression, never null, of at most `max_chars` code points.
+    """Compiles a template to one string expression, never null.
 
-    Each column is cut before anything else touches it, so that a value of a megabyte never travels.
+    Each column is cut before anything else touches it, so that a value of a megabyte never travels. The whole is cut,
+    and what is not UTF-8 in it mended, where each distinct text is looked at once (`packer.Packer`).
 
     Args:
         template: As in `instructue_feast.template`.
         types: Type of each column of the table.
-        max_chars: Code points kept.
+        max_chars: Code points kept of each column.
         where: What to call the source in a message.
 
     Raises:
@@ -45,15 +46,15 @@ def template_column(template: str, types: Mapping[str, DataType], max_chars: int
         F.lit(part) if isinstance(part, str) else _field(part, types[part.column], max_chars, where)
         for part in parse_template(template)
     ]
-    # Bytes that are not UTF-8 pass through Spark and would break every Arrow reader; they become U+FFFD here.
-    return F.make_valid_utf8(F.left(F.concat(*parts), F.lit(max_chars)))
+    return F.concat(*parts)
 
 
 def categorical_column(name: str, kind: DataType, max_chars: int, where: str) -> Column:
     """The text of a categorical value, null where the value is; the native form of `render.categorical_text`."""
     prefix = render.categorical_text(name, "")
-    text = F.concat(F.lit(prefix), _as_text(name, kind, max_chars, where))
-    return F.make_valid_utf8(F.left(text, F.lit(max_chars)))
+    text = F.left(F.concat(F.lit(prefix), _as_text(name, kind, max_chars, where)), F.lit(max_chars))
+    # Bytes that are not UTF-8 pass through Spark and would break a reader of JSON; they become U+FFFD here.
+    return F.make_valid_utf8(text)
 
 
 def broken_value(template: str, types: Mapping[str, DataType]) -> Column:
@@ -96,7 +97,9 @@ def _field(part: Field, kind: DataType, max_chars: int, where: str) -> Column:
 
 def _as_text(name: str, kind: DataType, max_chars: int, where: str) -> Column:
     if isinstance(kind, StringType):
-        return F.left(column(name), F.lit(max_chars))
+        text = column(name)
+        # Code points are counted, byte by byte, only where there may be too many.
+        return F.when(F.octet_length(text) <= F.lit(max_chars), text).otherwise(F.left(text, F.lit(max_chars)))
     if isinstance(kind, IntegralType | BooleanType):
         return column(name).cast("string")
     hint = (

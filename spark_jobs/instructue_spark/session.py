@@ -56,7 +56,8 @@ def get_session(app_name: str, *, cores: int | None = None, driver_memory: str =
             builder.master(f"local[{cores}]")
             .config("spark.driver.memory", driver_memory)
             # Less work beside the tasks and a smaller peak than the default collector, on the few cores of one machine.
-            .config("spark.driver.extraJavaOptions", "-XX:+UseParallelGC")
+            # A source with many columns becomes one method of over 8,000 bytes, which Java by default never compiles.
+            .config("spark.driver.extraJavaOptions", "-XX:+UseParallelGC -XX:-DontCompileHugeMethods")
             # An extract compiles some 140 classes; the default of 100 throws away each before it is used again.
             .config("spark.sql.codegen.cache.maxEntries", "1000")
             .config("spark.driver.host", "127.0.0.1")

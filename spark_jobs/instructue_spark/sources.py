@@ -257,8 +257,10 @@ def _quarantine_status(user: Column, time: Column, broken: Column) -> Column:
     """The first matching reason; callers add the statuses of sound rows."""
     codes = {name: F.lit(code) for code, name in enumerate(STATUSES)}
     impossible = (time < F.lit(to_micros(EARLIEST))) | (time >= F.lit(to_micros(LATEST)))
+    # All blanks come before "!", so one comparison spares nearly every id the slow trimming.
+    blank = (user < F.lit("!")) & (F.btrim(user, F.lit(BLANK)) == "")
     return (
-        F.when(user.isNull() | (F.btrim(user, F.lit(BLANK)) == ""), codes["null_user"])
+        F.when(user.isNull() | blank, codes["null_user"])
         .when(time.isNull(), codes["null_time"])
         .when(impossible, codes["impossible_time"])
         .when(broken | ~F.is_valid_utf8(user), codes["broken_value"])

@@ -27,7 +27,7 @@ def layout(*as_ofs: int) -> PackLayout:
         by_frequency=(False, True, False), numeric_widths=(0, 0, 2),
         as_of_us=tuple(one * DAY for one in as_ofs),
         start_us=tuple(((one - 20) * DAY, (one - 5) * DAY, ALWAYS) for one in as_ofs),
-        buckets=3,
+        buckets=3, max_text_chars=8,
     )  # fmt: skip
 
 
@@ -91,6 +91,16 @@ def test_neither_chunks_nor_folding_nor_other_as_ofs_change_a_history(events, sn
         patch.setattr(packer, "_MAX_TAIL_ROWS", 2)
         patch.setattr(packer, "_MAX_TEXTS", 1)
         assert pack(rows, layout(10, 25, 40), batch=2) == (expected, texts, refused)
+
+
+def test_texts_that_begin_alike_or_hold_broken_bytes_are_cut_and_mended_before_they_are_counted():
+    events = [("ann", 0, 1, 4, "12345678 and"), ("ann", 0, 2, 8, "12345678"), ("ann", 0, 3, 12, "brokén")]
+    rows = table(events, [], [])
+    broken = [b"br\xffk" if one == "brokén".encode() else one for one in rows["text"].cast(pa.binary()).to_pylist()]
+    text = pa.array(broken, pa.binary()).view(pa.string())
+    users, texts, _ = pack(rows.set_column(rows.column_names.index("text"), "text", text), layout(10))
+    assert {one[3] for one in texts} == {"12345678", "br\ufffdk"}
+    assert "'count_bucket': [1, 0]" in users[10 * DAY, "ann"]  # buckets of 2 and of 1
 
 
 def test_a_user_with_many_events_keeps_few_rows(monkeypatch):
