@@ -20,14 +20,16 @@ SAMPLE = 2_048
 """Users that are looked at."""
 
 EXTRACTION = ExtractionRates(
-    source="The Complete Journey, 2.2 million events on 2 cores (benchmarks/results/extraction.csv)",
-    fixed_core_seconds=40.0,
-    fixed_seconds=20.0,
-    core_seconds_per_event=22e-6,
+    source="synthetic users, 0.2 to 21.9 million events on 2 cores (benchmarks/results/scale.csv)",
+    fixed_core_seconds=30.0,
+    fixed_seconds=16.0,
+    core_seconds_per_event=2.5e-6,
 )
 """Where no extract of at least `_EVENTS` events says how fast Spark is."""
 
-_EVENTS = 1_000_000
+_EVENTS = 5_000_000
+_START_SECONDS = 9.0
+"""Of an extraction with hardly any events, once the session is up."""
 _DEFAULT_EVENTS = 30.0
 _DEFAULT_SHARE = 0.25
 
@@ -59,7 +61,7 @@ def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataSt
     extraction = EXTRACTION
     if manifest.events >= _EVENTS:
         cores = os.cpu_count() or 1
-        rate = max(0.0, manifest.seconds - EXTRACTION.fixed_seconds) * cores / manifest.events
+        rate = (manifest.seconds - min(_START_SECONDS, manifest.seconds / 2)) * cores / manifest.events
         source = f"extract {name} took {manifest.seconds:.0f} s, on {cores} cores like these"
         extraction = dataclasses.replace(EXTRACTION, source=source, core_seconds_per_event=rate)
     return history, book, data, extraction

@@ -18,11 +18,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from instructue_feast.errors import InstructueError, RunConflictError, StorageError
 from instructue_feast.runs.store import OutputStore
@@ -253,9 +253,21 @@ def _lock(store: OutputStore, folder: tuple[str, ...], *, make: bool = False) ->
     while True:
         if make:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError) if make else nullcontext(), path.open("a") as stream:
+        try:
+            stream = path.open("a")
+        except FileNotFoundError:
+            if make:
+                continue
+            raise
+        with stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # the folder was removed while this waited for its lock
-                if path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
-                    yield
-                    return
+            if _is_file(stream, path):  # or the folder was removed while this waited for its lock
+                yield
+                return
+
+
+def _is_file(stream: IO[str], path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(stream.fileno()).st_ino
+    except FileNotFoundError:
+        return False

@@ -168,6 +168,15 @@ def test_who_waits_for_a_folder_that_is_removed_gets_a_new_one(tmp_path):
     taken[0].check()
 
 
+def test_a_folder_that_vanishes_while_its_owner_is_noted_is_an_error_and_not_tried_for_ever(store, monkeypatch):
+    def vanished(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(store, "write_json", vanished)
+    with pytest.raises(FileNotFoundError):
+        take(store, *FOLDER)
+
+
 def test_an_owner_that_died_while_it_wrote_its_name_is_dead(tmp_path):
     store = OutputStore(str(tmp_path))
     (tmp_path / "runs" / "one").mkdir(parents=True)
