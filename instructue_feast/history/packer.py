@@ -88,6 +88,7 @@ SNAPSHOT = pa.schema([pa.field("numeric", pa.list_(pa.float32())), pa.field("wor
 _DAY_US = 86_400_000_000
 _AGE_EDGES_US = tuple(edge * _DAY_US for edge in AGE_EDGES_DAYS)
 _CHUNK_ROWS = 1 << 16
+_CHUNK_BYTES = 1 << 27
 _MAX_TAIL_ROWS = 1 << 18
 _MAX_TEXTS = 200_000
 _NOTHING = b'{"numeric":[],"words":[]}'
@@ -186,7 +187,8 @@ class Packer:
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
             waiting.append(batch)
-            if sum(one.num_rows for one in waiting) >= _CHUNK_ROWS:
+            rows, size = (sum(getattr(one, name) for one in waiting) for name in ("num_rows", "nbytes"))
+            if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield from self._arrive(pa.Table.from_batches(waiting))
                 waiting = []
         if waiting:

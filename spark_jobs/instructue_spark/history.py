@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from instructue_feast.config import EventSourceConfig, InstructueConfig
@@ -23,10 +24,12 @@ from instructue_feast.history.packer import KEY_BITS, KEY_EVENT_BITS, SLOT_BITS,
 from instructue_feast.history.render import text_id
 from instructue_spark.extract_files import FILE, TASK_ROWS, ExtractFiles, Finisher, HistoryFiles
 from instructue_spark.io import emit, spark_schema
-from instructue_spark.sources import FIRST_QUARANTINED
+from instructue_spark.sources import FIRST_QUARANTINED, QUARANTINE_ROW_CHARS
 from instructue_spark.windows import Windows
 
 _OUTSIDE = (1, 2)  # at or after as_of, before the window
+_MAX_BYTES = "spark.sql.execution.arrow.maxBytesPerBatch"
+_BATCH_BYTES = 256 << 20
 TASKS_PER_CORE = 8
 """A task sorts what it gets in memory when it is small enough."""
 
@@ -62,8 +65,6 @@ def write(rows: DataFrame, config: InstructueConfig, windows: Windows, files: Ex
     """
     session = rows.sparkSession
     texts = int(session.conf.get("spark.sql.shuffle.partitions") or 200)
-    # Batches are bounded by rows. A bound in bytes, the default, makes Spark add up all buffers after every single row.
-    session.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", str(2**31 - 1))
     packed = _placed(rows, config).mapInArrow(
         _packing(_layout(config, windows), text_id, files), spark_schema(TASK_ROWS)
     )
@@ -74,7 +75,9 @@ def write(rows: DataFrame, config: InstructueConfig, windows: Windows, files: Ex
         .select("kind", "moment", "src", "text", "numbers")
     )
     totals = [Totals() for _ in windows.as_of_us]
-    for kind, moment, src, name, numbers in made.collect():
+    with _batches_bounded_by_rows(session, config):
+        rows_of_files = made.collect()
+    for kind, moment, src, name, numbers in rows_of_files:
         if kind != FILE:
             raise DataError(
                 "two different event texts have the same 64-bit id", "change a word in one of the templates"
@@ -115,6 +118,28 @@ def _placed(rows: DataFrame, config: InstructueConfig) -> DataFrame:
     else:
         placed = narrow.repartition(partitions, place)
     return placed.sortWithinPartitions("key").select(*packer.ROWS.names)
+
+
+@contextmanager
+def _batches_bounded_by_rows(session: SparkSession, config: InstructueConfig) -> Iterator[None]:
+    """Takes the bound in bytes off the batches for Python, where the one in rows is enough.
+
+    To keep it Spark adds up the sizes of all buffers after every single row.
+    """
+    rows = int(session.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0)
+    columns = max((len(one.columns) for one in config.event_sources.values()), default=0)
+    row_bytes = 4 * max(columns * config.history.max_text_chars, QUARANTINE_ROW_CHARS)  # all other columns are narrow
+    if not 0 < rows <= _BATCH_BYTES // row_bytes:
+        yield
+        return
+    before = session.conf.get(_MAX_BYTES, None)
+    session.conf.set(_MAX_BYTES, str(2**31 - 1))
+    try:
+        yield
+    finally:
+        session.conf.unset(_MAX_BYTES)
+        if before is not None:
+            session.conf.set(_MAX_BYTES, before)
 
 
 def _key(buckets: int) -> Column:

@@ -66,7 +66,7 @@ _HASH = "__instructue_hash"
 
 BLANK = " \t\n\r\x0b\x0c"
 _QUARANTINE_VALUE_CHARS = 256
-_QUARANTINE_ROW_CHARS = 4096
+QUARANTINE_ROW_CHARS = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -344,7 +344,7 @@ def _row_json(raw: RawTable, names: tuple[str, ...]) -> Column:
         values.append(
             (F.make_valid_utf8(text) if isinstance(raw.types[name], StringType | BinaryType) else text).alias(name)
         )
-    return F.left(F.to_json(F.struct(*values), {"ignoreNullFields": "false"}), F.lit(_QUARANTINE_ROW_CHARS))
+    return F.left(F.to_json(F.struct(*values), {"ignoreNullFields": "false"}), F.lit(QUARANTINE_ROW_CHARS))
 
 
 def count_statuses(frame: DataFrame) -> dict[tuple[int, int, int], int]:

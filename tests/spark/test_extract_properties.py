@@ -21,6 +21,7 @@ from instructue_feast.history.buckets import COUNT_EDGES
 from instructue_feast.history.render import text_id
 from instructue_feast.runs.manifest import ExtractManifest
 from instructue_spark.extract import main, run_extract
+from instructue_spark.history import _batches_bounded_by_rows
 from instructue_spark.report import Reporter
 from tests.oracles.extracts import comparable, read_extract
 from tests.oracles.history import Expected
@@ -143,6 +144,20 @@ def test_a_user_with_a_million_events_fits(spark: SparkSession, tmp_path: Path):
     assert row["text_id"] == [text_id("bill", f"thing {texts - left}") for left in (5, 4, 3, 2, 1)]
     fifty_each = sum(count // texts >= edge for edge in COUNT_EDGES)
     assert row["count_bucket"] == [fifty_each] * 5
+
+
+@pytest.mark.parametrize(("max_text_chars", "by_rows"), [(256, True), (4096, False)])
+def test_a_batch_for_python_is_bounded_in_bytes_where_texts_may_be_long(spark, tmp_path, max_text_chars, by_rows):
+    history = {"max_text_chars": max_text_chars}
+    config = write_config(tmp_path, {"bill": event_source("bill")}, history=history)
+    bound = "spark.sql.execution.arrow.maxBytesPerBatch"
+    spark.conf.set(bound, "123456789")
+    try:
+        with _batches_bounded_by_rows(spark, config):
+            assert spark.conf.get(bound) == (str(2**31 - 1) if by_rows else "123456789")
+        assert spark.conf.get(bound) == "123456789"
+    finally:
+        spark.conf.unset(bound)
 
 
 def test_the_command_line_job_reports_stages_and_the_manifest(
