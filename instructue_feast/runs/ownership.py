@@ -88,12 +88,19 @@ class Lease:
             )
 
     def revoke(self) -> None:
-        """Makes workers still at it refuse to write, while the folder stays this process's own."""
-        with suppress(InstructueError, OSError), _lock(self._store, self._folder):
-            if still_owned(self._store, self.token, *self._folder):
-                now = datetime.now(UTC).isoformat()
-                self.owner = dataclasses.replace(self.owner, token=uuid.uuid4().hex, started=now)
-                self._store.write_json(dataclasses.asdict(self.owner), *self._folder, "owner.json")
+        """Makes workers still at it refuse to write, while the folder stays this process's own.
+
+        On a full disk nothing changes; workers cannot write there either.
+        """
+        before = self.owner
+        try:
+            with _lock(self._store, self._folder):
+                if still_owned(self._store, self.token, *self._folder):
+                    now = datetime.now(UTC).isoformat()
+                    self.owner = dataclasses.replace(before, token=uuid.uuid4().hex, started=now)
+                    self._store.write_json(dataclasses.asdict(self.owner), *self._folder, "owner.json")
+        except (InstructueError, OSError):
+            self.owner = before
 
     def remove(self) -> None:
         """Removes the folder, unless somebody has taken it over; nobody can take it before all else in it is gone.

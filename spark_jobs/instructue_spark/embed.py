@@ -312,7 +312,8 @@ def _worker_embedder(plan: RunPlan, device: str) -> UserEmbedder:
     _limit_threads()
     store, key = OutputStore(plan.root), (plan.model_version, plan.dtype, device)
     if _loaded.key != key:
-        _loaded.key = _loaded.model = None  # frees the other one first
+        _loaded.key = _loaded.model = None
+        _worker_embedder.cache_clear()  # frees the other one first
         _loaded.model = open_model(store, plan.run_id, dtype=plan.dtype).to(device)
         _loaded.key, _loaded.loads = key, _loaded.loads + 1
     return open_embedder(

@@ -120,6 +120,20 @@ def test_workers_of_a_revoked_lease_may_not_write_and_nobody_else_gets_the_folde
         take(store, *FOLDER)
 
 
+def test_on_a_full_disk_a_lease_cannot_be_revoked_but_its_folder_goes(store, monkeypatch):
+    lease = take(store, *FOLDER)
+    store.write_json({}, *FOLDER, "ledger.json")
+
+    def full(*_: object) -> None:
+        raise StorageError("no space left", "free some")
+
+    monkeypatch.setattr(store, "write_json", full)
+    lease.revoke()
+    lease.check()
+    lease.remove()
+    assert store.names(*FOLDER) == []
+
+
 def test_nobody_gets_a_folder_that_is_being_removed(store, monkeypatch):
     lease = take(store, *FOLDER)
     store.write_json({}, *FOLDER, "bucket=00000", "marker.json")
