@@ -150,7 +150,7 @@ def timed(spark: object, config: object, extract: str, run: str, *, incremental:
     )
     clock = time.process_time if spark is None else time.perf_counter
     embed._worker_embedder.cache_clear()
-    embed._loaded.key = None  # every backfill loads its model
+    embed._loaded.key = None  # here every backfill loads its model; a Spark worker keeps that of the base run
     started = clock()
     Backfill(spark, request, Reporter(stream=stream)).run()
     seconds = {"total": clock() - started}

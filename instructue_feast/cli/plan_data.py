@@ -25,7 +25,7 @@ EXTRACTION = ExtractionRates(
     fixed_seconds=16.0,
     core_seconds_per_event=2.5e-6,
 )
-"""Where no extract of at least `_EVENTS` events says how fast Spark is."""
+"""Where no extract of at least `_EVENTS` events says how fast Spark is; what is fixed includes the command's start."""
 
 _EVENTS = 5_000_000
 _START_SECONDS = 9.0
@@ -59,9 +59,9 @@ def look_at(project: InstructueConfig) -> tuple[PackedHistory, list[str], DataSt
         file_bytes=files.history.base,
     )
     extraction = EXTRACTION
-    if manifest.events >= _EVENTS:
+    if manifest.events >= _EVENTS and manifest.seconds >= 4 * _START_SECONDS:  # or the start says more than the events
         cores = os.cpu_count() or 1
-        rate = (manifest.seconds - min(_START_SECONDS, manifest.seconds / 2)) * cores / manifest.events
+        rate = (manifest.seconds - _START_SECONDS) * cores / manifest.events
         source = f"extract {name} took {manifest.seconds:.0f} s, on {cores} cores like these"
         extraction = dataclasses.replace(EXTRACTION, source=source, core_seconds_per_event=rate)
     return history, book, data, extraction

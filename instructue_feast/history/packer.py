@@ -185,12 +185,13 @@ class Packer:
             Tables of `PACKED_ROWS`; users come bucket by bucket.
         """
         waiting: list[pa.RecordBatch] = []
+        rows = size = 0
         for batch in batches:
             waiting.append(batch)
-            rows, size = (sum(getattr(one, name) for one in waiting) for name in ("num_rows", "nbytes"))
+            rows, size = rows + batch.num_rows, size + batch.nbytes
             if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield from self._arrive(pa.Table.from_batches(waiting))
-                waiting = []
+                waiting, rows, size = [], 0, 0
         if waiting:
             yield from self._arrive(pa.Table.from_batches(waiting))
         if self._tail is not None:

@@ -133,8 +133,12 @@ def remove_garbage(store: OutputStore, garbage: list[Garbage], options: CollectO
             if publication is not None and one.folder[1] == publication.run_id and one.kind == "run":
                 lease.release()
                 continue
-            store.remove_file(*one.folder, "manifest.json")
-            lease.remove()
+            try:
+                store.remove_file(*one.folder, "manifest.json")
+                if not lease.remove():
+                    continue
+            finally:
+                lease.release()
         elif one.kind == "publication":
             if not remove_publications(store, options.keep_publications, one.folder[1]):
                 continue

@@ -71,7 +71,7 @@ class Lease:
         self.owner, self.previous = owner, previous
         self._store, self._folder = store, folder
         self._beat()
-        self._done = threading.Event()
+        self._done, self._beating = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat_on, daemon=True)
         self._thread.start()
 
@@ -90,11 +90,11 @@ class Lease:
     def revoke(self) -> None:
         """Makes workers still at it refuse to write, while the folder stays this process's own.
 
-        On a full disk nothing changes; workers cannot write there either.
+        Where that cannot be written, as on a full disk, nothing changes.
         """
         before = self.owner
         try:
-            with _lock(self._store, self._folder):
+            with self._beating, _lock(self._store, self._folder):
                 if still_owned(self._store, self.token, *self._folder):
                     now = datetime.now(UTC).isoformat()
                     self.owner = dataclasses.replace(before, token=uuid.uuid4().hex, started=now)
@@ -102,20 +102,32 @@ class Lease:
         except (InstructueError, OSError):
             self.owner = before
 
-    def remove(self) -> None:
+    def remove(self, settle_seconds: float = 0.0) -> bool:
         """Removes the folder, unless somebody has taken it over; nobody can take it before all else in it is gone.
 
-        Tasks that are being killed may bring something back once or twice, so it is looked at again.
+        Args:
+            settle_seconds: After how long to look again: tasks that are being killed may bring something back once or
+                twice, also while it is removed.
+
+        Returns:
+            Whether it is gone.
         """
-        for _ in range(10):
-            if not still_owned(self._store, self.token, *self._folder):
-                break
-            for name in set(self._store.names(*self._folder)) - _DOCUMENTS:
-                self._store.remove(*self._folder, name)
-            time.sleep(0.2)
-            if set(self._store.names(*self._folder)) <= _DOCUMENTS:
-                break
-        self._end(with_folder=True)
+        try:
+            for _ in range(10):
+                with suppress(InstructueError, OSError):
+                    if not still_owned(self._store, self.token, *self._folder):
+                        return False
+                    for name in self._content():
+                        self._store.remove(*self._folder, name)
+                time.sleep(settle_seconds)
+                if not self._content():
+                    break
+        finally:
+            self._end(with_folder=True)
+        return not self._store.names(*self._folder)
+
+    def _content(self) -> set[str]:
+        return set(self._store.names(*self._folder)) - _DOCUMENTS
 
     def release(self) -> None:
         """Gives the folder up, unless somebody has taken it over; workers still at it then refuse to write."""
@@ -139,7 +151,7 @@ class Lease:
     def _beat_on(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):
             # A full disk is reported by whoever has something to write; the next beat may succeed.
-            with suppress(InstructueError, OSError):
+            with suppress(InstructueError, OSError), self._beating:
                 if not still_owned(self._store, self.token, *self._folder):
                     return
                 self._beat()

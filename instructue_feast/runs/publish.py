@@ -227,6 +227,8 @@ def prune_publications(store: OutputStore, keep: int = 3) -> list[str]:
 
 def remove_publications(store: OutputStore, keep: int, only: str | None = None) -> list[str]:
     """Removes outdated publications, or one of them, unless somebody rolls back to it just now; returns their ids."""
+    if not store.names("published"):
+        return []
     with pointer_lock(store):
         removed = [name for name in outdated_publications(store, keep) if only in (None, name)]
         for name in removed:

@@ -64,7 +64,7 @@ from instructue_feast.runs.release import release
 from instructue_feast.runs.store import OutputStore
 from instructue_feast.runs.writer import finish_run
 from instructue_spark.carry import BaseRun
-from instructue_spark.claim import stop_jobs
+from instructue_spark.claim import SETTLE_SECONDS, stop_jobs
 from instructue_spark.embed import RunPlan, build_soft_tokens, embed_users, encode_new_texts
 from instructue_spark.extract import run_extract
 from instructue_spark.report import Reporter, run_main
@@ -161,7 +161,7 @@ class Backfill:
         model: InstructUEModel | None = None,
     ) -> None:
         self.request, self.config, self.reporter = request, request.config, reporter
-        self._model = model
+        self._model, self._shared = model, model is not None
         self.store = OutputStore(request.config.output.path)
         self.work = Work()
         self._spark, self._session = spark, spark if isinstance(spark, SparkSession) else None
@@ -426,6 +426,8 @@ class Backfill:
             stage.rows_in = extract.distinct_texts
             stage.rows_out = build_soft_tokens(self.config, store, model, extract, run_id, prompts)
         store.write_json({"extract_id": extract.extract_id, "rows": stage.rows_out}, "runs", run_id, PREPARED)
+        if not self._shared:
+            self._model = None  # workers load their own; on one machine that is memory
 
     def _embedded(
         self,
@@ -463,14 +465,14 @@ class Backfill:
             lease.release()  # where it is still ours
             return
         lease.revoke()  # workers still at it now refuse to write
-        if self._session is not None:
-            stop_jobs(self._session, self._tag)
-            if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
-                self._session.sparkContext.removeJobTag(self._tag)
         try:
-            if self._worth_keeping(run_id, error):
-                return
-            lease.remove()
+            if self._session is not None:
+                stop_jobs(self._session, self._tag)
+                if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
+                    with suppress(Exception):  # the JVM may be what has died
+                        self._session.sparkContext.removeJobTag(self._tag)
+            if not self._worth_keeping(run_id, error):
+                lease.remove(SETTLE_SECONDS)
         finally:
             lease.release()
 

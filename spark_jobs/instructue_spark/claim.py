@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyspark.sql import SparkSession
 
-from instructue_feast.errors import RunConflictError
+from instructue_feast.errors import InstructueError, RunConflictError
 from instructue_feast.runs.ownership import Lease, take
 from instructue_feast.runs.store import OutputStore
+
+SETTLE_SECONDS = 0.2
+"""After how long a task that was cancelled does not write any more."""
 
 
 @contextmanager
@@ -44,14 +47,15 @@ def claimed(spark: SparkSession, store: OutputStore, *folder: str) -> Iterator[L
     try:
         yield lease
     except BaseException as error:
-        lease.revoke()  # workers still at it now refuse to write
-        if store.exists(*folder, "manifest.json"):
-            lease.release()
-        else:
-            stop_jobs(spark, tag)
-            lease.remove()
+        with suppress(InstructueError, OSError):
+            lease.revoke()  # workers still at it now refuse to write
+            if not store.exists(*folder, "manifest.json"):
+                stop_jobs(spark, tag)
+                lease.remove(SETTLE_SECONDS)
+        lease.release()
         if isinstance(error, Exception):  # an interrupted command blocks this thread's connection to the JVM
-            spark.sparkContext.removeJobTag(tag)
+            with suppress(Exception):  # the JVM may be what has died
+                spark.sparkContext.removeJobTag(tag)
         raise
     lease.release()
     spark.sparkContext.removeJobTag(tag)

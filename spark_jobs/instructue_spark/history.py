@@ -17,11 +17,12 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from instructue_feast.config import EventSourceConfig, InstructueConfig
+from instructue_feast.config import EventSourceConfig, InstructueConfig, TabularSourceConfig
 from instructue_feast.errors import ConfigError, DataError
 from instructue_feast.history import packer
 from instructue_feast.history.packer import KEY_BITS, KEY_EVENT_BITS, SLOT_BITS, Packer, PackLayout
 from instructue_feast.history.render import text_id
+from instructue_feast.template import parse_template
 from instructue_spark.extract_files import FILE, TASK_ROWS, ExtractFiles, Finisher, HistoryFiles
 from instructue_spark.io import emit, spark_schema
 from instructue_spark.sources import FIRST_QUARANTINED, QUARANTINE_ROW_CHARS
@@ -127,19 +128,24 @@ def _batches_bounded_by_rows(session: SparkSession, config: InstructueConfig) ->
     To keep it Spark adds up the sizes of all buffers after every single row.
     """
     rows = int(session.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") or 0)
-    columns = max((len(one.columns) for one in config.event_sources.values()), default=0)
-    row_bytes = 4 * max(columns * config.history.max_text_chars, QUARANTINE_ROW_CHARS)  # all other columns are narrow
-    if not 0 < rows <= _BATCH_BYTES // row_bytes:
+    widest = max(_text_bytes(one, config.history.max_text_chars) for one in config.sources.values())
+    bounded = 0 < rows <= _BATCH_BYTES // max(widest, 4 * QUARANTINE_ROW_CHARS)  # all columns but the text are narrow
+    if not bounded or session.conf.get(_MAX_BYTES, None) is not None:  # an operator has set it
         yield
         return
-    before = session.conf.get(_MAX_BYTES, None)
     session.conf.set(_MAX_BYTES, str(2**31 - 1))
     try:
         yield
     finally:
         session.conf.unset(_MAX_BYTES)
-        if before is not None:
-            session.conf.set(_MAX_BYTES, before)
+
+
+def _text_bytes(source: EventSourceConfig | TabularSourceConfig, max_text_chars: int) -> int:
+    """How long the text of a row may be on its way to Python; of a snapshot, its JSON, which escapes what it must."""
+    if isinstance(source, EventSourceConfig):
+        parts = parse_template(source.text)
+        return 4 * sum(len(one) if isinstance(one, str) else max_text_chars for one in parts)
+    return 6 * max_text_chars * len(source.categorical) + 32 * sum(map(len, source.numeric_groups.values()))
 
 
 def _key(buckets: int) -> Column:

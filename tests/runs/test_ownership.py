@@ -134,6 +134,26 @@ def test_on_a_full_disk_a_lease_cannot_be_revoked_but_its_folder_goes(store, mon
     assert store.names(*FOLDER) == []
 
 
+def test_a_removal_that_fails_once_is_tried_again_and_one_that_never_works_gives_the_folder_up(store, monkeypatch):
+    remove, failures = store.remove, [OSError(39, "Directory not empty")]
+
+    def flaky(*parts: str) -> None:
+        if failures:
+            raise failures.pop()
+        remove(*parts)
+
+    lease = take(store, *FOLDER)
+    store.write_json({}, *FOLDER, "bucket=00000", "marker.json")
+    monkeypatch.setattr(store, "remove", flaky)
+    assert lease.remove()
+    lease = take(store, *FOLDER)
+    store.write_json({}, *FOLDER, "bucket=00000", "marker.json")
+    failures += [OSError(39, "Directory not empty")] * 10
+    assert not lease.remove()
+    assert owner_of(store, *FOLDER) is None
+    assert store.exists(*FOLDER, "bucket=00000", "marker.json")
+
+
 def test_nobody_gets_a_folder_that_is_being_removed(store, monkeypatch):
     lease = take(store, *FOLDER)
     store.write_json({}, *FOLDER, "bucket=00000", "marker.json")

@@ -146,16 +146,29 @@ def test_a_user_with_a_million_events_fits(spark: SparkSession, tmp_path: Path):
     assert row["count_bucket"] == [fifty_each] * 5
 
 
-@pytest.mark.parametrize(("max_text_chars", "by_rows"), [(256, True), (4096, False)])
-def test_a_batch_for_python_is_bounded_in_bytes_where_texts_may_be_long(spark, tmp_path, max_text_chars, by_rows):
-    history = {"max_text_chars": max_text_chars}
-    config = write_config(tmp_path, {"bill": event_source("bill")}, history=history)
+WIDE = tabular_source("profile", categorical=[f"column_{number}" for number in range(50)])
+
+
+@pytest.mark.parametrize(
+    ("source", "max_text_chars", "own", "expected"),
+    [
+        (event_source("bill"), 256, None, str(2**31 - 1)),
+        (event_source("bill"), 4096, None, None),
+        (WIDE, 256, None, None),
+        (event_source("bill"), 256, "1234", "1234"),
+    ],
+)
+def test_batches_for_python_are_bounded_in_bytes_where_texts_may_be_long_or_somebody_wants_it(
+    spark, tmp_path, source, max_text_chars, own, expected
+):
+    config = write_config(tmp_path, {"one": source}, history={"max_text_chars": max_text_chars})
     bound = "spark.sql.execution.arrow.maxBytesPerBatch"
-    spark.conf.set(bound, "123456789")
+    if own:
+        spark.conf.set(bound, own)
     try:
         with _batches_bounded_by_rows(spark, config):
-            assert spark.conf.get(bound) == (str(2**31 - 1) if by_rows else "123456789")
-        assert spark.conf.get(bound) == "123456789"
+            assert spark.conf.get(bound, None) == expected
+        assert spark.conf.get(bound, None) == own
     finally:
         spark.conf.unset(bound)
 

@@ -20,7 +20,7 @@ from instructue_feast.model.factory import load_model
 from instructue_feast.runs.publish import current_publication
 from instructue_feast.runs.reader import finished_runs, read_run
 from instructue_feast.runs.store import OutputStore
-from instructue_spark import sources
+from instructue_spark import embed, sources
 from instructue_spark.backfill import BackfillRequest, run_backfill
 from instructue_spark.backfill_series import run_backfill_series
 from instructue_spark.extract import run_extracts
@@ -121,6 +121,22 @@ def test_historical_retrieval_finds_the_newest_as_of_before_each_row(spark, shop
         (expected,) = read_run(store, run.run_id, ["taste"], ["u5"]).column("taste").to_pylist()
         np.testing.assert_array_equal(np.float32(vector), np.float32(expected))
     assert not np.array_equal(frame["taste"].iloc[0], frame["taste"].iloc[2])
+
+
+def test_a_worker_keeps_the_model_of_a_series_and_loads_another_one(shop):
+    config = load(shop)
+    store = OutputStore(config.output.path)
+    first, second, *_ = finished_runs(store)
+    plan = embed.RunPlan(
+        root=store.root, run_id=first, extract_id=first, created_us=0, num_sources=1, num_numeric=0, instructions=(),
+        embedding_dim=1, dtype="float32", max_batch_tokens=None, model_version="one", owner="",
+    )  # fmt: skip
+    loads = []
+    for changes in ({}, {"run_id": second}, {"run_id": second, "model_version": "two"}):
+        before = embed._model_loads()
+        embed._worker_embedder(dataclasses.replace(plan, **changes), "cpu")
+        loads.append(embed._model_loads() - before)
+    assert loads == [1, 0, 1]
 
 
 def test_a_model_that_saw_the_first_as_of_is_refused_before_anything_is_computed(spark, shop, tmp_path):
