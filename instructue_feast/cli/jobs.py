@@ -6,9 +6,12 @@ The command line never imports Spark: a job is `python -m instructue_spark.<job>
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,7 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
     with (
         log.open("w", encoding="utf-8") as stream,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, encoding="utf-8") as process,
+        _sigterm_passed_on(process),
         StageDisplay(quiet=quiet) as display,
     ):
         assert process.stdout is not None
@@ -81,6 +85,19 @@ def run_job(module: str, arguments: list[str], *, log: Path, quiet: bool = False
     if process.returncode:
         raise InstructueError(f"{module} ended with code {process.returncode} and did not say why", f"its log is {log}")
     return result
+
+
+@contextmanager
+def _sigterm_passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
+    """SIGTERM is for the job: it stops, says so and how to go on, and this process ends with that error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StageDisplay:
